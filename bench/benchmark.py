@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "overhead",
+    "embeddings",
     "semantics",
     "throughput",
     "latency",
@@ -27,6 +28,8 @@ NAMES = (
     "quota",
     "integrity",
     "cheaper",
+    "semantic",
+    "lookups",
 )
 SEED = 1
 

@@ -8,6 +8,7 @@ batching        the engine: admission, lanes, scheduling, calls, fallback
 embedding       embeddings: texts of concurrent callers in one call, vectors matched by index
 transports      `OpenAIChat`, retries, rate limits, capabilities of endpoints
 caching, spool  stores of answers, and of requests that no caller waits for
+semantic        `SemanticCache`: answers to similar questions
 spending        budgets
 accounting      tokens, prices, stats, events, OpenTelemetry, Prometheus
 openai          a client with the interface of OpenAI's SDK
@@ -22,6 +23,7 @@ from microbatch.accounting.events import Called, Flushed, Settled
 from microbatch.accounting.otel import OpenTelemetryHooks
 from microbatch.accounting.prices import Price, genai_prices
 from microbatch.accounting.prometheus import PrometheusHooks
+from microbatch.accounting.similar import SimilarKind
 from microbatch.accounting.stats import Stats
 from microbatch.audit.calibration import CalibratedSize, Calibration
 from microbatch.blocking import BlockingMicrobatcher
@@ -63,6 +65,7 @@ from microbatch.errors import (
 from microbatch.messages import Embedding, Limits, Message, Reply, Request, Result, Usage
 from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
 from microbatch.protocols import Cache, ChatCall, Completion, Embedded, EmbeddingCall, Transport
+from microbatch.semantic.cache import SemanticCache
 from microbatch.spending.budget import Budget
 from microbatch.spool.records import Spool
 from microbatch.spool.redis import RedisSpool
@@ -79,10 +82,10 @@ __all__ = [  # noqa: RUF022 grouped by subject
     # transports
     "ChatCall", "Completion", "Embedded", "EmbeddingCall", "Limits", "OpenAIChat", "Transport",
     # caches and spools
-    "Cache", "MemoryCache", "RedisCache", "RedisSpool", "SQLiteCache", "SQLiteSpool", "Spool", "TieredCache", "Warmed",
+    "Cache", "MemoryCache", "RedisCache", "RedisSpool", "SQLiteCache", "SQLiteSpool", "SemanticCache", "Spool", "TieredCache", "Warmed",
     # accounting
     "Audited", "AuditedSize", "BudgetFigures", "CalibratedSize", "Calibration",
-    "Called", "Flushed", "OpenTelemetryHooks", "Price", "PrometheusHooks", "Settled", "Stats", "genai_prices",
+    "Called", "Flushed", "OpenTelemetryHooks", "Price", "PrometheusHooks", "Settled", "SimilarKind", "Stats", "genai_prices",
     # errors: of settings and state
     "BatcherClosed", "ConfigError", "IdConflict", "MicrobatchError", "Overloaded", "StorageError",
     # errors: of accepted requests

@@ -40,6 +40,10 @@ from microbatch.errors import BatcherClosed, ConfigError
 from microbatch.prompt.codec import ChatCodec
 from microbatch.prompt.ids import IdKey
 from microbatch.resources import acquire, release
+from microbatch.semantic.cache import SemanticCache
+from microbatch.semantic.checks import Checks
+from microbatch.semantic.embedding import EndpointEmbedder, by_function
+from microbatch.semantic.look_ups import LookUps
 from microbatch.spending.spending import Spending
 from microbatch.spool.spool_client import SpoolClient
 from microbatch.transports.accounts import Accounts
@@ -49,10 +53,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from microbatch.accounting.prices import Price
+    from microbatch.batching.attribution import UsageAttribution
     from microbatch.batching.request import Options
+    from microbatch.batching.ticket import Ticket
+    from microbatch.messages import Usage
     from microbatch.policy import AuditPolicy, FallbackPolicy, FlushPolicy, RetryPolicy
     from microbatch.protocols import Cache, Transport
     from microbatch.resources import Resource
+    from microbatch.semantic.embedding import Embed
     from microbatch.spending.budget import Budget
     from microbatch.spool.records import Spool
     from microbatch.transports.rate_limit import RateLimit
@@ -132,7 +140,9 @@ class Assembly:
             in_flight=self.in_flight,
             settlement=self.settlement,
         )
-        self.cache: AnswerCache | None = None if settings.cache is None else self._make_cache(settings.cache)
+        similar = settings.cache if isinstance(settings.cache, SemanticCache) else None
+        self.exact: Cache | None = settings.cache if similar is None else similar.exact
+        self.cache: AnswerCache | None = None if self.exact is None else self._make_cache(self.exact)
         self.spool: SpoolClient | None = None if settings.spool is None else SpoolClient(settings.spool)
         kinds = LaneKinds(getattr(transport, "base_url", ""), self.model)
         lanes = LaneTable(self.scheduler, policy.idle)
@@ -140,7 +150,7 @@ class Assembly:
         keep_thoughts = getattr(transport, "thoughts", "strip") == "keep"
         key = IdKey(settings.id_secret)
         codec = ChatCodec(settings.draw_ids, key=key, canary=canary, keep_thoughts=keep_thoughts)
-        sending = Sending(given, self.sender.send, None if self.cache is None else self.cache.keep)
+        sending = Sending(given, self.sender.send, None if self.cache is None else self._keep)
         dispatcher = Dispatcher(given, sending, codec)
         self.audits: Audits | None = None
         if settings.audit is not None:
@@ -164,12 +174,45 @@ class Assembly:
             given,
             self.intake,
             lanes,
-            EmbeddingCalls(given, sending, dispatcher.attribution, lanes),
+            EmbeddingCalls(given, sending, dispatcher.attribution, lanes, may_be_low=self.tokens.may_be_low_for),
             transport=transport,
             cache=self.cache,
             check_price=self._check_price,
         )
         self.engine: Engine = Engine(given, lanes, singles, chat)
+        self.look_ups: LookUps | None = None
+        if similar is not None and self.cache is not None:
+            draw = random.Random("".join(key.draws(b"checks")(8)))  # noqa: S311 it chooses what is asked again
+            checks = Checks(similar, self.cache, dispatcher, draw)
+            checks.start(self.engine.start, self.engine.lease_slot, lambda: self.engine.closing)
+            embed = self._embed_by(similar, sending, dispatcher.attribution)
+            self.look_ups = LookUps(similar, self.cache, given, kinds, embed=embed, checks=checks)
+            self.intake.look_up = self.look_ups.begin
+            lanes.has_look_ups = True
+
+    async def _keep(self, answered: Sequence[tuple[Ticket, Usage]]) -> None:
+        """Store the answers of one reply; see `AnswerCache.keep`."""
+        if self.cache is not None:
+            await self.cache.keep(answered)
+        if self.look_ups is not None:
+            self.look_ups.keep(ticket for ticket, _ in answered)
+
+    def _embed_by(self, similar: SemanticCache, sending: Sending, attribution: UsageAttribution) -> Embed:
+        """Return what embeds look-ups. Raise `ConfigError` if there is nothing."""
+        if similar.embed is not None:
+            return by_function(similar.embed)
+        try:
+            self.embedder.check(similar.model)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; or give SemanticCache(embed=) a function of your own") from error
+        return EndpointEmbedder(
+            self.given,
+            sending,
+            attribution,
+            read_options=self.embedder.read_options,
+            lease=self.engine.lease_slot,
+            model=similar.model,
+        )
 
     def _make_cache(self, cache: Cache) -> AnswerCache:
         return AnswerCache(
@@ -215,6 +258,7 @@ class Assembly:
             spool_dead=None if spooled is None else spooled.dead,
             spool_oldest=None if spooled is None else spooled.oldest,
             budget=None if self.spending is None else self.spending.figures(),
+            **({} if self.look_ups is None else self.look_ups.figures()),
         )
 
 
@@ -231,7 +275,8 @@ class Host:
         self._engine = parts.engine
         settings = parts.settings
         counters = None if settings.budget is None else settings.budget.shared
-        used = (settings.transport, settings.cache, settings.spool, counters)
+        permits = None if settings.rate_limit is None else settings.rate_limit.shared
+        used = (settings.transport, parts.exact, settings.spool, counters, permits)
         self._resources: list[Resource] = [each for each in used if each is not None]
         self._task: asyncio.Task[None] | None = None
         self._undone: asyncio.Task[None] | None = None  # the task of an opening that failed
@@ -320,7 +365,7 @@ class Host:
 
     async def _serve(self, ready: asyncio.Future[None]) -> None:
         def begin() -> None:
-            for part in (self._parts.cache, self._parts.spool):
+            for part in (self._parts.cache, self._parts.spool, self._parts.look_ups):
                 for service in part.services if part is not None else ():
                     self._engine.start(service)
             if not ready.done():

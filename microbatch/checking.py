@@ -194,6 +194,17 @@ def at_least(minimum: float, *, optional: bool = True, **settings: float | None)
             raise ConfigError(f"{name} must be a number of at least {minimum}, got {value!r}")
 
 
+def plain_function(function: object, **settings: str) -> None:
+    """Check that *function*, None allowed, is no async one; the setting, by its name, says what it has to return.
+
+    Raises:
+        ConfigError: It is.
+    """
+    for name, returned in settings.items():
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):  # noqa: B004
+            raise ConfigError(f"{name} must be a plain function from two outputs to {returned}, not an async one")
+
+
 def as_seconds(name: str, value: float | None) -> float | None:
     """Return a caller's number of seconds, of any class, as a float; raise `ConfigError` if it is none or negative."""
     settings: dict[str, Any] = {name: value}

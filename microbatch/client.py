@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from microbatch.accounting.stats import Stats
     from microbatch.batching.audits import Audits
     from microbatch.messages import Messages, Priority, Reply, Request, Requests, Result, Source, UseCache
+    from microbatch.semantic.look_ups import LookUps
     from microbatch.spending.spending import Spending
     from microbatch.spool.spool_client import SpoolClient
     from microbatch.transports.relay import Forwarded
@@ -143,6 +144,8 @@ class Microbatcher(Embeds, Binds):
         self._embedder.check_open = self._host.check_open
         self.audits: Audits | None = parts.audits
         """The audits; None without an audit."""
+        self.look_ups: LookUps | None = parts.look_ups
+        """The look-ups of a semantic cache; None without one."""
         self.spending: Spending | None = parts.spending
         """The account of the budget; None without one."""
 

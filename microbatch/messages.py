@@ -21,7 +21,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 Priority = Literal["high", "normal", "low"]  # by rank, the most urgent first
 UseCache: TypeAlias = bool | Literal["refresh"]
-Route = Literal["batch", "single", "fallback", "cache", "shared", "forward", "audit", "similar"]
+Route = Literal["batch", "single", "fallback", "cache", "shared", "forward", "audit", "similar", "check", "look_up"]
 
 
 class Usage(msgspec.Struct, frozen=True, gc=False):
@@ -227,6 +227,9 @@ class Embedding(msgspec.Struct, frozen=True, eq=False):
         usage: This text's share of the tokens of the call that carried it; no tokens if the vector came from the cache.
         cost_usd: The price of `usage` in US dollars; None if the model's price is unknown.
         batch_size: Texts in that call; of a vector from the cache, in the call that once gave it.
+        route: The way of the vector, as in `Reply.route`: "batch", "single", "fallback", "cache" or "shared".
+        request_id: The endpoint's id of the call, or None.
+        waited: Seconds until that call was sent.
     """
 
     vector: array[float]
@@ -234,6 +237,9 @@ class Embedding(msgspec.Struct, frozen=True, eq=False):
     usage: Usage = Usage()
     cost_usd: float | None = None
     batch_size: int = 1
+    route: Route = "batch"
+    request_id: str | None = None
+    waited: float = 0.0
 
     def __repr__(self) -> str:
         """Return the fields without the vector's numbers."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection  # noqa: TC003 the flags of the command line are made from them
 from dataclasses import dataclass
-from inspect import iscoroutinefunction
 from typing import Annotated, Any, Final, Literal
 
-from microbatch.checking import AtLeast, Count, Seconds, Share, check_fields
+from microbatch.checking import AtLeast, Count, Seconds, Share, check_fields, plain_function
 from microbatch.errors import ConfigError
 
 WhenFull = Literal["wait", "reject", "bypass"]
@@ -182,5 +181,4 @@ class AuditPolicy:
         check_fields(self)
         if not 0 < self.max_excess < 1:
             raise ConfigError(f"max_excess must be above 0 and below 1, got {self.max_excess}")
-        if iscoroutinefunction(self.same) or iscoroutinefunction(getattr(self.same, "__call__", None)):  # noqa: B004
-            raise ConfigError("same must be a plain function from two outputs to True or False, not an async one")
+        plain_function(self.same, same="True or False")

@@ -189,11 +189,13 @@ def test_every_benchmark_has_the_common_interface(name):
     ("name", "words"),
     [
         ("cheaper", []),
+        ("embeddings", ["--rounds", "1"]),
         ("gateway", ["--requests", "100", "--low", "2", "--rounds", "1"]),
         ("hybrid", ["--count", "400"]),
         ("overhead", ["--only", "minimal", "--pending", "1000"]),
         ("overload", ["--count", "2000", "--queued", "500"]),
         ("quota", ["--minutes", "3"]),
+        ("semantic", ["--encoder", "simulated", "--questions", "150", "--requests", "300", "--pairs", "4"]),
         ("stalls", []),
         ("throughput", ["--count", "160", "--items", "80", "--seconds", "0.05", "--rounds", "1"]),
     ],
@@ -206,7 +208,7 @@ def test_a_quick_run_leaves_samples_from_which_all_else_is_computed(name, words,
     tables = module.tables(run)
     for table in tables.values():
         assert table.rows
-        assert name == "overhead" or "SIMULATED" in table.title
+        assert name in ("embeddings", "overhead") or "SIMULATED" in table.title
     assert results.section(run) in done.stdout
     if hasattr(module, "draw"):
         drawn = (tmp_path / f"{name}.svg").read_text("utf-8")

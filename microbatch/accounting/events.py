@@ -20,6 +20,10 @@ logger: Final = logging.getLogger("microbatch")
 _METHODS: Final = ("on_submit", "on_flush", "on_call", "on_settle", "on_audit")
 
 
+BESIDE: Final = ("audit", "check", "look_up")
+"""Routes of calls that belong to no request."""
+
+
 class Flushed(msgspec.Struct, frozen=True, kw_only=True):
     """The event of `on_flush`: a batch, or a request alone, has left its queue.
 
@@ -41,7 +45,8 @@ class Called(msgspec.Struct, frozen=True, kw_only=True):
     """The event of `on_call`: a call has ended, its repeated attempts included. What is None was not given, or is not known.
 
     Attributes:
-        route: "batch", "single", "fallback" or "audit".
+        route: "batch", "single", "fallback", "audit", "check" (asked again to check the answer to a similar question), or
+            "look_up" (the vectors of questions for a `SemanticCache`).
         size: Number of requests.
         model: The model that answered, else the one asked for.
         requested_model: The model that the caller, else the transport, named.

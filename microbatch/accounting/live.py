@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from microbatch.accounting.events import BESIDE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
@@ -93,8 +95,8 @@ class LiveFigures:
         self._errors = Counter[str]()
 
     def on_call(self, event: Called) -> None:
-        """Record the size and the duration of a call; an audit answers no request, and is not recorded."""
-        if event.route == "audit":
+        """Record the size and the duration of a call, unless it belongs to no request, as audits do."""
+        if event.route in BESIDE:
             return
         self._sizes[min(bisect_left(_SIZES, event.size), len(_SIZES) - 1)] += 1
         self._calls.append((self._now(), event.duration))

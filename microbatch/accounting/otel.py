@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from microbatch.accounting.events import BESIDE
 from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
 from microbatch.messages import Usage
@@ -32,7 +33,6 @@ BATCH_SIZE: Final = "microbatch.batch.size"
 ROUTE: Final = "microbatch.route"
 COST: Final = "microbatch.cost_usd"
 
-_CHAT: Final = "chat"
 _NANOSECONDS: Final = 1_000_000_000
 _TOKENS: Final = [4**power for power in range(14)]
 _SECONDS: Final = [0.01 * 2**power for power in range(14)]
@@ -112,7 +112,7 @@ class OpenTelemetryHooks:
         score = "Sum of the scores of audits: by the number of those compared, the disagreement that combining causes."
         self._add[_SCORE] = meter.create_up_down_counter(_SCORE, "1", score).add
         self._submit_spans = submit_spans
-        self._common: Attributes = {"gen_ai.operation.name": _CHAT, "gen_ai.provider.name": provider_name}
+        self._common: Attributes = {"gen_ai.provider.name": provider_name}
         if server_address is not None:
             self._common |= {"server.address": server_address, "server.port": server_port}
 
@@ -129,22 +129,23 @@ class OpenTelemetryHooks:
         """Record the span and the metrics of a call."""
         # Without a finish reason there was no complete reply, and the model is the one that was asked.
         answered_by = None if event.finish_reason is None else event.model
+        common = self._common | {"gen_ai.operation.name": event.operation}
         of_call = _known({REQUEST_MODEL: event.requested_model, RESPONSE_MODEL: answered_by})
         failure = _known({ERROR_TYPE: _kind(event.error)})
         # A caller may have many requests in one batch, and needs one link.
         callers = {(origin.trace_id, origin.span_id): origin for origin in event.origins if origin is not None}
         self._record_span(
-            f"{_CHAT} {event.requested_model}" if event.requested_model else _CHAT,
+            f"{event.operation} {event.requested_model}" if event.requested_model else event.operation,
             event.duration,
             event.error,
             context=self._root,
             kind=self._trace.SpanKind.CLIENT,
-            attributes=self._common | of_call | failure | _of_span(event),
+            attributes=common | of_call | failure | _of_span(event),
             links=[self._trace.Link(caller) for caller in callers.values()],
         )
-        # An audit answers no caller: its duration and tokens are kept apart from those of the others.
-        audit: Attributes = {ROUTE: event.route} if event.route == "audit" else {}
-        self._count_call(event, self._common | of_call | audit, failure)
+        # Such a call answers no caller: its duration and tokens are kept apart from those of the others.
+        beside: Attributes = {ROUTE: event.route} if event.route in BESIDE else {}
+        self._count_call(event, common | of_call | beside, failure)
 
     def _count_call(self, event: Called, common: Attributes, failure: Attributes) -> None:
         # Endpoints do not distinguish text from other tokens, and guesses would not add up.

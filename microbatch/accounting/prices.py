@@ -29,6 +29,9 @@ Dollars: TypeAlias = Annotated[float, AtLeast(0)]
 BATCH_DISCOUNT: Final = 0.5
 """The price of a provider's batches, as a part of the usual one, where it is not known."""
 
+_EMBEDDINGS: Final = "text-embedding-"
+"""The beginning of the names of OpenAI's embedding models, by which genai-prices does not know them for OpenAI's."""
+
 _PER_MILLION: Final = 1_000_000
 _RATES: Final = ("input", "output", "cached_input", "cache_write")
 _MAX_REMEMBERED: Final = 1_024  # callers may make up model names, so memory must not grow with them
@@ -39,7 +42,7 @@ class Price(msgspec.Struct, frozen=True):
 
     Attributes:
         input: US dollars per million prompt tokens.
-        output: US dollars per million generated tokens, reasoning included.
+        output: US dollars per million generated tokens, reasoning included; 0 for embedding models, which generate none.
         cached_input: US dollars per million prompt tokens read from the provider's prefix cache; None for the price of `input`.
         cache_write: US dollars per million prompt tokens written to it; None for the price of `input`.
         tiers: Prices of other service tiers, by the name that the endpoint reports, such as "flex", "priority" or "batch". A tier that
@@ -51,7 +54,7 @@ class Price(msgspec.Struct, frozen=True):
     """
 
     input: Dollars
-    output: Dollars
+    output: Dollars = 0.0
     cached_input: Dollars | None = None
     cache_write: Dollars | None = None
     tiers: Mapping[str, Price] = {}
@@ -400,6 +403,8 @@ class GenaiPrices:
         for name in dict.fromkeys((model, _DATE.sub("", model))):
             provider, slash, rest = name.partition("/")
             of_model = [each for each in providers if each.model_match is not None and each.model_match.is_match(name)]
+            if not of_model and name.startswith(_EMBEDDINGS):
+                of_model = [each for each in providers if each.id == "openai"]
             places = [*((each, name) for each in (*of_endpoint[:1], *of_model[:1]))]
             if slash:
                 # OpenRouter's list has the names that gateways use.
@@ -433,8 +438,11 @@ def _without_tiers(listed: Any) -> Price | None:
     paid, generated, *cached = (
         getattr(listed, name, None) for name in ("input_mtok", "output_mtok", "cache_read_mtok", "cache_write_mtok")
     )
-    if paid is None or generated is None:
+    if paid is None:
         return None
+    generated = (
+        0.0 if generated is None else generated
+    )  # that of embedding models is not listed, as they generate nothing
 
     def at(prompt_tokens: int) -> Price:
         cached_input, cache_write = (_rate(rate, prompt_tokens) for rate in cached)

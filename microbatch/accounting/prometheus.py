@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.accounting.families import Family
@@ -78,6 +79,13 @@ _COUNTERS: Final = {
     "cut_replies": "Combined replies that were broken off or hit a token limit.",
     "canaries_failed": "Replies distrusted because they got their canary wrong.",
     "lanes_parted": "How often a lane stopped combining for a while, because it cost more than it saved.",
+    "similar_hits": "Requests answered with the answer to a similar question.",
+    "similar_checks": "Such answers that were asked again.",
+    "false_hits": "Those of them that were wrong.",
+    "shadow_pairs": "Answers to similar questions compared because their kind is not proven.",
+    "look_ups": "Questions for which a similar one was looked for.",
+    "look_ups_late": "Those of them whose vector came too late.",
+    "look_ups_failed": "Those of them without a vector that can be used.",
     "unbatched_calls": "Calls that the answered requests would have taken one by one.",
     "unbatched_prompt_tokens": "Prompt tokens that would have taken.",
     "unbatched_completion_tokens": "Completion tokens that would have taken.",
@@ -110,6 +118,8 @@ _BUDGET: Final = {
     "left_tokens": "Tokens left in it.",
     "refused": "Calls not sent because of the budget.",
 }
+_REFUSED: Final = "Look-ups whose most similar question states other facts, by the kind of fact."
+_KINDS: Final = "Kinds of questions that a semantic cache has compared, by their state."
 _ALONE: Final = "Requests that a field or a message of theirs kept out of combined prompts."
 
 
@@ -308,10 +318,21 @@ class PrometheusHooks:
             alone.add_metric([field], requests)
         yield alone
         yield from self._audit_metrics(stats.audit)
+        yield from self._similar_metrics(stats)
         for name, description in _BUDGET.items():
             value = getattr(stats.budget, name, None)
             if value is not None:
                 yield families.GaugeMetricFamily(f"{self._namespace}_budget_{name}", description, value=value)
+
+    def _similar_metrics(self, stats: Stats) -> Iterator[Metric]:
+        refused = self._families.CounterMetricFamily(f"{self._namespace}_guard_refusals", _REFUSED, labels=["fact"])
+        for fact, count in stats.guard_refusals.items():
+            refused.add_metric([fact], count)
+        yield refused
+        kinds = self._families.GaugeMetricFamily(f"{self._namespace}_similar_kinds", _KINDS, labels=["state"])
+        for state, count in Counter(kind.state for kind in stats.similar).items():
+            kinds.add_metric([state], count)
+        yield kinds
 
     def _audit_metrics(self, rows: Sequence[AuditedSize]) -> Iterator[Metric]:
         groups: dict[tuple[str, str], list[AuditedSize]] = {}

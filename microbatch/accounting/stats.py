@@ -5,16 +5,20 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
 from microbatch.accounting.audits import AuditedSize  # noqa: TC001 the type of a field
 from microbatch.accounting.budget import BudgetFigures  # noqa: TC001 likewise
+from microbatch.accounting.similar import SimilarKind  # noqa: TC001 likewise
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    Beside = Literal["audit", "check", "look_up"]
+    """Routes of calls that belong to no reply."""
 
 
 class _Figures(msgspec.Struct, kw_only=True):
@@ -69,6 +73,21 @@ class _Figures(msgspec.Struct, kw_only=True):
     budget: BudgetFigures | None = None
     unpriced_calls: int = 0
     merge_rules: dict[str, int] = {}
+    similar_hits: int = 0
+    shadow_pairs: int = 0
+    similar_checks: int = 0
+    false_hits: int = 0
+    false_hit_interval: tuple[float, float] | None = None
+    guard_refusals: dict[str, int] = {}
+    look_ups: int = 0
+    look_ups_late: int = 0
+    look_ups_failed: int = 0
+    look_up_usage: Usage = Usage()
+    look_up_cost_usd: float | None = 0.0
+    check_usage: Usage = Usage()
+    check_cost_usd: float | None = 0.0
+    similar_saved_usd: float | None = 0.0
+    similar: tuple[SimilarKind, ...] = ()
 
     @property
     def costs_more(self) -> bool:
@@ -158,7 +177,29 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
             includes them.
         merge_rules: Requests under `merge="auto"`, by what it meant for them: "priced" is `merge="when-cheaper"`; "unpriced" and
             "requests_limited" are `merge="always"`, for want of a price, or because the number of requests is limited.
+        similar_hits: Requests answered with the answer to a similar question; they are among `answered`.
+        shadow_pairs: Answers to similar questions that were compared because their kind is not proven.
+        similar_checks: Answers to similar questions that were handed out, and asked again.
+        false_hits: Those of them that were wrong.
+        false_hit_interval: The share of wrong ones among `similar_hits`, as in `SimilarKind`; None before the first check.
+        guard_refusals: Look-ups whose most similar question states other facts, by the kind of fact: "numbers", "names"...
+        look_ups: Questions for which a similar one was looked for.
+        look_ups_late: Those of them whose vector came too late.
+        look_ups_failed: Those of them that got no vector, or one that cannot be used.
+        look_up_usage: The tokens of the vectors; they are among `unclaimed`. None are known of vectors from `SemanticCache(embed=)`.
+        look_up_cost_usd: Their price in US dollars, like `cost_usd`.
+        check_usage: The tokens of questions asked again to check answers to similar ones; they are among `unclaimed`.
+        check_cost_usd: Their price in US dollars, like `cost_usd`.
+        similar_saved_usd: The price of the calls that `similar_hits` would have taken one by one, like `unbatched_cost_usd`.
+        similar: What a `SemanticCache` has found, for each kind of question.
     """
+
+    @property
+    def similar_net_usd(self) -> float | None:
+        """What answers to similar questions have saved, less what look-ups and checks have cost; None if a price is not known."""
+        if self.similar_saved_usd is None or self.look_up_cost_usd is None or self.check_cost_usd is None:
+            return None
+        return self.similar_saved_usd - self.look_up_cost_usd - self.check_cost_usd
 
     @property
     def cache_hit_rate(self) -> float:
@@ -169,6 +210,9 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
 _MEANS: Final = {"batch_size_mean": "batches", "cache_age": "cache_hits"}
 """Figures that are means, and the counts they are means of."""
 
+
+OF_THE_CACHE: Final = ("shadow_pairs", "similar_checks", "false_hits", "false_hit_interval", "similar")
+"""Figures of a `SemanticCache`, which all batchers that share it report."""
 
 _MAX_FIELDS: Final = 64
 """Most names in `alone_by_field`: callers may make them up."""
@@ -186,6 +230,8 @@ def together(parts: Sequence[Stats]) -> Stats:
             totals[name] = sum(map(operator.mul, values, weights)) / (sum(weights) or 1)
         elif isinstance(values[0], dict):
             totals[name] = dict(sum(map(Counter[str], values), Counter[str]()))
+        elif name == "false_hit_interval":
+            totals[name] = _one_interval(values)
         elif isinstance(values[0], Usage | tuple):
             totals[name] = sum(values, type(values[0])())
         elif name == "budget":
@@ -194,6 +240,12 @@ def together(parts: Sequence[Stats]) -> Stats:
             known = [value for value in values if value]
             totals[name] = None if None in values and not known else sum(known, 0.0 if name.endswith("_usd") else 0)
     return Stats(**totals)
+
+
+def _one_interval(parts: Sequence[tuple[float, float] | None]) -> tuple[float, float] | None:
+    """Return the interval of the only batcher that has one; None for several, whose figures are in `Stats.similar`."""
+    found = {each for each in parts if each is not None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _one_budget(parts: Sequence[BudgetFigures | None]) -> BudgetFigures | None:
@@ -219,6 +271,7 @@ class Ledger(_Figures, kw_only=True):
         figures.singles_by_reason = Counter()
         figures.alone_by_field = Counter()
         figures.merge_rules = Counter()
+        figures.guard_refusals = Counter()
 
     def note_alone(self, field: str) -> bool:
         """Count a request that *field* keeps alone; return whether it is the first."""
@@ -260,12 +313,18 @@ class Ledger(_Figures, kw_only=True):
         elif name not in self.priced:
             setattr(self, name, None)
 
-    def pay_audit(self, usage: Usage, price: Callable[[Usage], float] | None) -> None:
-        """Add the call of an audit, which reported *usage*."""
-        self.audit_usage += usage
-        self._add("audit_cost_usd", usage, price)
+    def pay_beside(self, what: Beside, usage: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Add a call that reported *usage* and belongs to no reply: *what* it was for is part of the names of its sums."""
+        setattr(self, f"{what}_usage", getattr(self, f"{what}_usage") + usage)
+        self._add(f"{what}_cost_usd", usage, price)
         self.unclaimed += usage
         self.pay(usage, Usage(), price)
+
+    def save(self, alone: Usage, price: Callable[[Usage], float] | None) -> None:
+        """Add an answer to a similar question, instead of a call that would have used *alone*."""
+        self.similar_hits += 1
+        self._add("similar_saved_usd", alone, price)
+        self.pay(Usage(), alone, price)
 
     def correct(self, missing: Usage, price: Callable[[Usage], float] | None) -> None:
         """Add *missing* to what single calls would have used. Negative tokens are taken from later calls: counters only grow."""
@@ -304,11 +363,20 @@ class Ledger(_Figures, kw_only=True):
             "singles_by_reason": dict(self.singles_by_reason),
             "alone_by_field": dict(self.alone_by_field),
             "merge_rules": dict(self.merge_rules),
+            "guard_refusals": dict(self.guard_refusals),
             "unbatched_calls": self.answered,
             "cache_age": self.cache_ages / (self.cache_hits or 1),
         }
         if self.unreported_calls and not self.prompt_tokens and not self.completion_tokens:
-            figures |= dict.fromkeys(("cost_usd", "unbatched_cost_usd", "damage_cost_usd", "audit_cost_usd"))
+            unknown = (
+                "cost_usd",
+                "unbatched_cost_usd",
+                "damage_cost_usd",
+                "audit_cost_usd",
+                "check_cost_usd",
+                "look_up_cost_usd",
+            )
+            figures |= dict.fromkeys(unknown)
         return Stats(**figures | others)
 
 

@@ -92,7 +92,7 @@ _PROVIDERS: Final = frozenset({"openai", "azure", "azure_ai", "github", "litellm
 
 # gpt-oss has o200k_harmony, which differs in special tokens only.
 _O200K = re.compile(r"(?:gpt-4o|gpt-4\.[15]|gpt-5(?:\.\d+)?|gpt-oss|chatgpt-4o|o[134])(?:-.*)?")
-_CL100K = re.compile(r"(?:gpt-4|gpt-3\.5|gpt-35-turbo)(?:-.*)?")
+_CL100K = re.compile(r"(?:gpt-4|gpt-3\.5|gpt-35-turbo|text-embedding-(?:ada-002|3-small|3-large))(?:-.*)?")
 
 
 def encoding_name(model: str | None) -> tuple[str, bool]:
@@ -169,6 +169,10 @@ class TokenCounter:
     def exact_for(self, model: str | None) -> bool:
         """Return whether counts are those of *model*'s own encoding; None for the model given at construction."""
         return self.exact if model is None else encoding_name(model) == (self.encoding, True)
+
+    def may_be_low_for(self, model: str | None) -> bool:
+        """Return whether *model* may count more tokens, because it has another encoding; None for the model given at construction."""
+        return self.encoding is not None and not self.exact_for(model)
 
     def _count_by_table(self, text: str) -> int:
         if self._table is None:

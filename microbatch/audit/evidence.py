@@ -107,20 +107,26 @@ class Evidence(msgspec.Struct):
 
     def wealth_above(self, bound: float) -> float:
         """Return the wealth bet against "the excess is at most *bound*"."""
-        return wealth(above, bound, _ABOVE_BETS, self._counts)
+        return wealth(above, bound, _ABOVE_BETS, self.counts)
 
     def wealth_below(self, bound: float) -> float:
         """Return the wealth bet against "the excess is at least *bound*"."""
-        return wealth(below, bound, _BELOW_BETS, self._counts)
+        return wealth(below, bound, _BELOW_BETS, self.counts)
 
     @property
-    def _counts(self) -> Counts:
+    def counts(self) -> Counts:
+        """The scores with their numbers."""
         return (1, self.worse), (0, self.equal), (-1, self.better)
 
     @property
     def upper_bound(self) -> float:
         """The excess that is not exceeded with 95 % confidence, whenever it is looked at: the least that is rejected; 1.0 for none."""
         return _upper_bound(self.worse, self.equal, self.better)
+
+    @property
+    def lower_bound(self) -> float:
+        """The excess that is exceeded with 95 % confidence, whenever it is looked at; -1.0 for none."""
+        return -_upper_bound(self.better, self.equal, self.worse)
 
 
 @lru_cache(4_096)

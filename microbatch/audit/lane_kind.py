@@ -275,10 +275,10 @@ class LaneKinds(LRU[str, LaneKind]):
 
     def of(self, settings: Settings, shared: Sequence[Any]) -> LaneKind:
         """Return the kind of lanes with *settings* and the messages *shared*; their headers are no part of it."""
-        digest = self._digest_of(settings, shared)
+        digest = self.digest_of(settings, shared)
         return self.get_or_make(digest, lambda: LaneKind(digest, settings.model or self._default_model))
 
-    def _digest_of(self, settings: Settings, shared: Sequence[Any]) -> str:
+    def digest_of(self, settings: Settings, shared: Sequence[Any]) -> str:
         """Return the digest that names the kind of these lanes, the same in every process."""
         model = settings.model or self._default_model
         content = (self._endpoint, model, settings.answer.key, settings.max_tokens, settings.params, shared)

@@ -17,6 +17,7 @@ from microbatch.messages import Usage
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from microbatch.accounting.stats import Beside
     from microbatch.batching.call_state import Batch, CallState
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
@@ -162,12 +163,12 @@ class UsageAttribution:
                 finish_cost(ticket, self._ledger)
         return [] if call_cost is None else call_cost.shares
 
-    def attribute_audit(self, call_cost: CallCost | None) -> None:
-        """Record the cost of an audit, which belongs to no reply."""
+    def attribute_beside(self, what: Beside, call_cost: CallCost | None) -> None:
+        """Record the cost of a call that belongs to no reply; see `Ledger.pay_beside`."""
         if call_cost is None:
             self._ledger.unreported_calls += 1
         else:
-            self._ledger.pay_audit(call_cost.usage, call_cost.price)
+            self._ledger.pay_beside(what, call_cost.usage, call_cost.price)
 
     def learn_from_single(self, ticket: Ticket, history: LaneHistory) -> None:
         """Learn for the lane with *history* from the single call that has answered *ticket*, a request of its kind."""
@@ -205,19 +206,17 @@ class UsageAttribution:
             reply, past = ticket.reply, ticket.past
             if reply is not None and reply.usage is share:
                 continue  # handed out with it
-            cost_usd = None if price is None else price(share)
-            if past is not None and past.usage is not None:
-                share = past.usage + share  # noqa: PLW2901 with its shares of earlier calls
-                cost_usd = None if cost_usd is None or past.cost_usd is None else past.cost_usd + cost_usd
+            whole, cost_usd = with_earlier(ticket, share, price)
+            if past is not None:
                 past.usage = None
             if reply is not None:
-                reply.usage = share
+                reply.usage = whole
                 reply.cost_usd = cost_usd
             elif ticket.done:
-                self._ledger.unclaimed += share
+                self._ledger.unclaimed += whole
             else:
                 past = ticket.remember()
-                past.usage, past.cost_usd = share, cost_usd
+                past.usage, past.cost_usd = whole, cost_usd
 
     def _record(self, batch: Batch, call_cost: CallCost, *, each: bool) -> list[Usage]:
         """Record the cost of a combined call, and what its answered requests would have cost one by one; see `attribute`."""
@@ -292,6 +291,14 @@ def _finish(tickets: Iterable[Ticket], completion: Completion) -> None:
             reply.request_id = completion.request_id
             if completion.model is not None:
                 reply.model = completion.model
+
+
+def with_earlier(ticket: Ticket, share: Usage, price: Callable[[Usage], float] | None) -> tuple[Usage, float | None]:
+    """Return the usage of *ticket*, its *share* of a call and those of earlier calls that are on no reply, and its cost."""
+    cost_usd, past = None if price is None else price(share), ticket.past
+    if past is None or past.usage is None:
+        return share, cost_usd
+    return past.usage + share, None if cost_usd is None or past.cost_usd is None else past.cost_usd + cost_usd
 
 
 def estimated_usage(ticket: Ticket, shared_chars: int, answer_bytes: int) -> Usage:

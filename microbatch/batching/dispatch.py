@@ -19,6 +19,7 @@ from microbatch.transports.chat_wire import completion_object
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from microbatch.accounting.stats import Beside
     from microbatch.batching.attribution import CallCost
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.lane_history import LaneHistory
@@ -315,35 +316,34 @@ class Dispatcher:
         self.attribution.attribute_alone(ticket, completion, call_cost, history)
         return reply.error
 
-    async def ask_again(self, ticket: Ticket, permit: Permit, history: LaneHistory) -> AloneAnswer:
-        """Ask for *ticket*, which has been answered, alone once more, for an audit; raise what ends the call without a reply.
-
-        The lane with *history* learns from it what single calls take.
-        """
+    async def ask_again(
+        self, ticket: Ticket, permit: Permit, history: LaneHistory | None, route: Beside = "audit"
+    ) -> AloneAnswer:
+        """Ask for *ticket*, which has been answered, alone again, for *history* too; raise what ends the call without a reply."""
         spec, pieces, model = ticket.spec, list[str](), ticket.spec.model or self._default_model
-        call_state = CallState(1, "audit", self._now(), self._price(model, spec.tier), permit, model)
+        call_state = CallState(1, route, self._now(), self._price(model, spec.tier), permit, model)
         permit.expense = partial(self._estimates.expense, [ticket], spare=True)
         call = self._codec.compose_alone(spec, ticket.answer, ticket.messages)
 
         def on_cut(completion: Completion | None) -> bool:
             pieces.clear()
-            self.attribution.attribute_audit(self.attribution.cost(call_state, completion))
+            self.attribution.attribute_beside(route, self.attribution.cost(call_state, completion))
             return True
 
-        self._ledger.singles_by_reason[AloneReason.AUDIT] += 1
+        self._ledger.singles_by_reason[AloneReason.AUDIT if route == "audit" else AloneReason.CHECK] += 1
         completion, error = None, None
         try:
             completion, error = await self._sending.exchange(call_state, call, pieces.append, on_cut, None)
             if completion is None:
-                raise error or ShutDown("the audit was given up")
+                raise error or ShutDown("asking again was given up")
             call_cost = self.attribution.cost(call_state, completion)
-            self.attribution.attribute_audit(call_cost)
+            self.attribution.attribute_beside(route, call_cost)
         finally:
             call_state.end()
             self._sending.note_called(call_state, call, [ticket], completion, error)
         reply = self._codec.read_alone(ticket.answer, completion, "".join(pieces), combinable=ticket.combinable)
         text = reply.text if reply.error is None else None
-        if text is not None and call_cost is not None:
+        if text is not None and call_cost is not None and history is not None:
             size = len(text.encode("utf-8", "replace"))
             self.attribution.record_single(history, call_state, call_cost.usage, len(ticket.line), size)
         return AloneAnswer(text, completion.model or spec.model, call_state.usage, completion.finish_reason == "stop")

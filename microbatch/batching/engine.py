@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from microbatch.batching.events import flushed
-from microbatch.batching.ticket import FlushReason, SlotLease
+from microbatch.batching.ticket import NORMAL, FlushReason, SlotLease
 from microbatch.containment import contained
 from microbatch.errors import BatcherClosed, RequestFailed, ShutDown
 
@@ -218,10 +218,13 @@ class Engine:
                 _bug(ending.error)  # logged; it must not end the other slots
 
     @asynccontextmanager
-    async def lease_slot(self, model: str | None, headers: Mapping[str, str], cost: int) -> AsyncIterator[SlotLease]:
+    async def lease_slot(
+        self, model: str | None, headers: Mapping[str, str], cost: int, rank: int = NORMAL
+    ) -> AsyncIterator[SlotLease]:
         """Hold a slot and a permit for work that is not a request, in the place that the caller occupies.
 
-        The limits of *model*, None for the transport's, and of the credentials in *headers* count; *cost* is an estimate in tokens.
+        The limits of *model*, None for the transport's, and of the credentials in *headers* count; *cost* is an estimate in tokens,
+        *rank* the priority.
 
         Yields:
             The lease; if nothing was sent after all, it is to be marked as not used.
@@ -232,7 +235,7 @@ class Engine:
         self._check_running()
         account = self._given.accounts.of(model, headers)
         cost = cost if account.max_tokens is None else min(cost, account.max_tokens)
-        lease = SlotLease(cost, asyncio.get_running_loop().create_future(), asyncio.Event())
+        lease = SlotLease(cost, asyncio.get_running_loop().create_future(), asyncio.Event(), rank)
         self.singles.add(lease, None, account)
         try:
             await lease.granted

@@ -45,7 +45,11 @@ logger: Final = logging.getLogger("microbatch")
 
 
 class Intake:
-    """The way in; *shares* if equal requests may share an answer unless they say otherwise."""
+    """The way in; *shares* if equal requests may share an answer unless they say otherwise.
+
+    Attributes:
+        look_up: Begins to look for the answer to a similar question, for a ticket that has just been queued; None if that is not done.
+    """
 
     def __init__(
         self, given: Dependencies, lanes: LaneTable, singles: SingleQueues, chat: ChatCalls, *, shares: bool
@@ -63,6 +67,7 @@ class Intake:
         self._expire = given.settlement.expire
         self._lanes = lanes
         self._singles = singles
+        self.look_up: Callable[[Ticket, Messages, Options], None] | None = None
         self._chat = chat
         chat.weigh_again = self.weigh_again
         self._bypasses = given.policy.when_full == "bypass"
@@ -116,6 +121,8 @@ class Intake:
                 ticket, waiter = self._accept_combinable(line, lane, options.answer, caller, loop, on_taken)
                 if own is not None and waiter is ticket:
                     ticket.own = own
+            if self.look_up is not None and caller.key is not None and waiter is ticket:
+                self.look_up(ticket, messages, options)
             self._note_accepted(ticket, waiter, loop)
         except BaseException:
             self._admission.release()
@@ -128,12 +135,8 @@ class Intake:
         lane: Lane,
         caller: CallerOptions,
         on_taken: Callable[[Waiter], None] | None = None,
-        *,
-        patience: float | None = None,
     ) -> tuple[Ticket, Waiter]:
         """Queue a request that is *line*, from `item_line`, in *lane*; otherwise as `accept` does.
-
-        *patience* are the seconds that it waits for others at most; None for those of its lane, or of bulk work.
 
         Raises:
             ConfigError: It can never be sent; nothing was queued.
@@ -141,7 +144,7 @@ class Intake:
         try:
             loop = asyncio.get_running_loop()
             answer = lane.spec.answer
-            ticket, waiter = self._accept_combinable(line, lane, answer, caller, loop, on_taken, patience)
+            ticket, waiter = self._accept_combinable(line, lane, answer, caller, loop, on_taken)
             self._note_accepted(ticket, waiter, loop)
         except BaseException:
             self._admission.release()
@@ -196,12 +199,10 @@ class Intake:
         caller: CallerOptions,
         loop: asyncio.AbstractEventLoop,
         on_taken: Callable[[Waiter], None] | None,
-        patience: float | None = None,
     ) -> tuple[Ticket, Waiter]:
         now, bulk = loop.time(), on_taken is not None
         bypass = self._bypasses and self._admission.overfull(lane.rank)
-        if patience is None:
-            patience = NEVER if bulk else lane.max_wait
+        patience = NEVER if bulk else lane.max_wait
         deadline: Deadline | None = None
         if caller.timeout is not None:
             deadline = caller.deadline(now)

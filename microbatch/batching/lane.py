@@ -59,6 +59,7 @@ class LaneOwner(Protocol):
 
     def rested(self, lane: Lane) -> None: ...  # noqa: D102
 
+    def looked_up(self, lane: Lane) -> None: ...  # noqa: D102
     def revise(self, lane: Lane) -> None: ...  # noqa: D102
 
     def taught(self, lane: Lane) -> None: ...  # noqa: D102
@@ -124,6 +125,7 @@ class Lane:
         in_flight: Calls under way, each with its fallback.
         combined: Those of them that are combined calls.
         live: Requests waiting.
+        has_look_ups: Whether its tickets may be held by a look-up.
     """
 
     spec: Spec
@@ -145,6 +147,7 @@ class Lane:
     in_flight: int = 0
     combined: int = 0
     live: int = 0
+    has_look_ups: bool = False
     _bulk: int = 0  # those of them that are bulk work
     _pending: deque[Ticket] = field(default_factory=deque)  # discarded ones stay until they come up, or are too many
     _stale: bool = False  # whether requests have left since the fill was worked out
@@ -182,7 +185,13 @@ class Lane:
 
     @property
     def held(self) -> bool:
-        """True while the next batch, of bulk work, waits for those before it to show that combining is of use and does no harm."""
+        """True while the next batch waits.
+
+        It waits as long as its oldest request may be answered by a look-up; one of bulk work also for those before it to show that
+        combining is of use and does no harm.
+        """
+        if self.has_look_ups and self.live and next(each for each in self._pending if each.queue is self).held:
+            return True
         bulk = self.live == self._bulk
         if self._fill == 1 or not (bulk or self.rank == LOW):
             return False
@@ -289,6 +298,10 @@ class Lane:
             self._pending = deque(ticket for ticket in self._pending if ticket.queue is self)
         self._stale = True
         self.owner.left(self)
+
+    def looked_up(self) -> None:
+        """See `TicketQueue`."""
+        self.owner.looked_up(self)
 
     def rested(self) -> None:
         """Note that it takes no turns any more."""

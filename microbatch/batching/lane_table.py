@@ -32,10 +32,14 @@ class LaneTable:
     Args:
         scheduler: Serves the lanes that are due.
         idle: See `FlushPolicy`.
+
+    Attributes:
+        has_look_ups: Whether requests may be held by a look-up.
     """
 
     def __init__(self, scheduler: Scheduler, idle: str) -> None:
         self._scheduler = scheduler
+        self.has_look_ups: bool = False
         self._flushes_idle = idle == "flush"
         self._by_key: dict[Hashable, Lane] = {}
         self._left: dict[Lane, None] = {}  # lanes that requests have left in this step; an ordered set
@@ -50,7 +54,7 @@ class LaneTable:
         """Return the lane of all requests with *key*, whose calls *calls* makes; if need be, opened for what *spec* returns."""
         before = calls.latest
         lane = calls.latest = self._by_key.get(key) or self._open(calls, spec())
-        if before is not None:
+        if before is not None and before is not lane:
             self.drop_if_abandoned(before)
         return lane
 
@@ -64,6 +68,7 @@ class LaneTable:
 
     def _open(self, calls: Calls, spec: Spec) -> Lane:
         lane = self._by_key[spec.key] = calls.open(spec, self)
+        lane.has_look_ups = self.has_look_ups
         return lane
 
     def drop_if_abandoned(self, lane: Lane) -> None:
@@ -94,6 +99,11 @@ class LaneTable:
         left, self._left = self._left, {}
         for lane in left:
             self.rested(lane)
+
+    def looked_up(self, lane: Lane) -> None:
+        """Note that requests of *lane* may be held no longer."""
+        if lane.live:
+            self.changed(lane)
 
     def call_ended(self, lane: Lane, *, combined: bool) -> None:
         """Note that a call of *lane* and its fallback are over."""

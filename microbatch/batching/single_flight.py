@@ -100,7 +100,7 @@ class Settlement:
             return False
         ticket.reply, ticket.waiters = reply, answered
         self._ledger.answered += len(answered) - 1
-        self._ledger.shared += len(answered) - 1
+        self._ledger.shared += len(answered) - 1 if reply.route != "similar" else 0
         self._admission.release(len(waiting) - 1)
         share_cost(ticket)
         return True
@@ -120,7 +120,7 @@ class Settlement:
             reply,
             output=output,
             text=text,
-            route=reply.route if waiter is ticket else "shared",
+            route=reply.route if waiter is ticket or reply.route == "similar" else "shared",
             waited=max(0.0, ticket.created + reply.waited - waiter.created),
             latency=ticket.created + reply.latency - waiter.created,
             body=reply.body if waiter is ticket else _copy_of(reply.body),
@@ -150,6 +150,9 @@ class Settlement:
         permit = None if ticket.call is None else ticket.call.permit
         failure = None if permit is None else permit.error
         latest = "" if failure is None else f"; the latest attempt failed: {type(failure).__name__}: {failure}"
+        account = ticket.queue.account if ticket.queue is not None else None if permit is None else permit.account
+        if account is not None and account.trouble is not None:
+            latest += f"; {account.trouble}"
         self._end(
             ticket, waiter, DeadlineExceeded(f"no answer within the timeout of {waiter.deadline.timeout:g} s{latest}")
         )

@@ -25,8 +25,10 @@ class SingleQueue:
     account: Account
     tenant: Hashable
     rank: int
-    rested: Callable[[], object]
-    """Called when it takes no turns any more."""
+    enqueue: Callable[[WaitQueue], None]
+    """Lets it take its turns."""
+    emptied: Callable[[], object]
+    """Called when it takes no turns any more because nothing waits."""
     queued: bool = False
     _waiting: deque[tuple[Ticket | SlotLease, AloneReason | None]] = field(default_factory=deque)
     """Discarded ones stay until they come up, or are too many."""
@@ -34,10 +36,10 @@ class SingleQueue:
 
     @property
     def due(self) -> bool:
-        """True if a request or a lease waits."""
+        """True if a request or a lease waits, and the oldest is not held by a look-up."""
         while self._waiting and self._waiting[0][0].queue is not self:
             self._waiting.popleft()
-        return bool(self._waiting)
+        return bool(self._waiting) and not self._waiting[0][0].held
 
     @property
     def has_company(self) -> bool:
@@ -63,12 +65,24 @@ class SingleQueue:
         self._live -= 1
         if len(self._waiting) > 2 * self._live + 64:
             self._waiting = deque(entry for entry in self._waiting if entry[0].queue is self)
+        if not self.queued:
+            self.rested()
 
     def hasten(self, ticket: Ticket, due_at: float, *, bulk: bool) -> None:
         """Do nothing: it is due already."""
 
     def flush(self, reason: FlushReason) -> None:
         """Do nothing: it is due already."""
+
+    def looked_up(self) -> None:
+        """See `TicketQueue`."""
+        if self._live:
+            self.enqueue(self)
+
+    def rested(self) -> None:
+        """Note that it takes no turns any more."""
+        if not self._live:
+            self.emptied()
 
     def take(self, permit: Permit) -> Work:
         """Remove the oldest, which *permit* pays; no ticket if its caller left in this very step. The queue must be due."""
@@ -120,7 +134,7 @@ class SingleQueues:
         key = (account, tenant, rank, reason is None)
         queue = self._queues.get(key)
         if queue is None:
-            rested = partial(self._queues.pop, key, None)
-            queue = self._queues[key] = SingleQueue(account, tenant, rank, rested)
+            emptied = partial(self._queues.pop, key, None)
+            queue = self._queues[key] = SingleQueue(account, tenant, rank, self._enqueue, emptied)
         queue.add(work, reason)
         self._enqueue(queue)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from microbatch.audit.lane_kind import LaneKind
     from microbatch.messages import Reply, Usage
     from microbatch.schema.answer_type import AnswerType
-    from microbatch.transports.accounts import Permit
+    from microbatch.transports.accounts import Account, Permit
 
 NEVER = float("inf")
 
@@ -62,6 +62,7 @@ class AloneReason(enum.StrEnum):
     LATENCY = "latency"
     FALLBACK = "fallback"
     AUDIT = "audit"
+    CHECK = "check"
 
 
 class Spec(Settings, frozen=True, eq=False):
@@ -118,7 +119,7 @@ class CallerOptions(msgspec.Struct, frozen=True, gc=False):
         ttl: Seconds for which the cache may give its answer to others; None for the cache's own time.
         since: Loop time from which `timeout` counts; None for the time at which the request is accepted.
         live: What takes the answer while it arrives, and whatever it is; None to take it when it is complete and fits.
-        audited: Whether its answer may be audited.
+        audited: Whether its answer may be audited, or another one handed out in its place if that is right often enough.
     """
 
     timeout: float | None = None
@@ -197,8 +198,18 @@ class Call(Protocol):
         """Note that answered requests would have used *alone*, at *price*, in calls of their own."""
 
 
+class LookUp(Protocol):
+    """The search for the answer to a similar question; see `microbatch.semantic.look_ups`."""
+
+    holds: bool
+
+
 class TicketQueue(Protocol):
     """The queue in which a ticket waits to be sent."""
+
+    @property
+    def account(self) -> Account:
+        """The account that pays for its calls."""
 
     @property
     def due(self) -> object:
@@ -216,6 +227,9 @@ class TicketQueue(Protocol):
 
     def flush(self, reason: FlushReason) -> None:
         """Make everything that waits due now."""
+
+    def looked_up(self) -> None:
+        """Note that tickets in it may be held no longer."""
 
 
 class InFlightIndex(dict["Hashable", "Ticket"]):
@@ -269,6 +283,7 @@ class Ticket(Waiter, eq=False):
         reply: Its answer. With one caller it is the caller's own; with several each has a copy with a share of the cost.
         charge: The charge of a single call for it; None where tokens are not limited.
         own: Its messages as given, which a single call carries, if they have another form than those of its spec and line.
+        look_up: The search for the answer to a similar question; None if there is none.
     """
 
     spec: Spec
@@ -285,6 +300,7 @@ class Ticket(Waiter, eq=False):
     charge: Charge | None = None
     past: Past | None = None
     own: list[dict[str, Any]] | None = None
+    look_up: LookUp | None = None
 
     @property
     def callers(self) -> Iterable[Waiter]:
@@ -297,6 +313,11 @@ class Ticket(Waiter, eq=False):
         if self.waiters is None:
             return self.future.done()
         return all(waiter.future.done() for waiter in self.waiters)
+
+    @property
+    def held(self) -> bool:
+        """True while it may soon be answered without a call, and is not urgent."""
+        return self.look_up is not None and self.look_up.holds and self.spec.rank != HIGH
 
     @property
     def last_deadline(self) -> Deadline | None:
@@ -415,6 +436,11 @@ class SlotLease(msgspec.Struct, eq=False):
     def done(self) -> bool:
         """True if it is granted, or its holder has left."""
         return self.granted.done()
+
+    @property
+    def held(self) -> bool:
+        """False: see `Ticket.held`."""
+        return False
 
     def taken(self) -> None:
         """Note that it has left its queue."""

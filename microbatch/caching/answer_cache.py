@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from microbatch.embedding.request import EmbeddingOptions
     from microbatch.messages import Messages
     from microbatch.protocols import Cache
+    from microbatch.schema.answer_type import AnswerType
 
     Stored = tuple[bytes, bytes, float | None]  # key, value, seconds to live
 
@@ -116,6 +117,11 @@ class AnswerCache:
         if secret is not None and (self._keys is None or self._keys.secret != secret):
             self._keys = self._make_keys(secret)
 
+    @property
+    def keys(self) -> Keys | None:
+        """What makes the keys; None while the secret is not available."""
+        return self._keys
+
     # --- looking up
 
     def key(self, asked: Messages | bytes, options: Options | EmbeddingOptions) -> bytes | None:
@@ -156,44 +162,51 @@ class AnswerCache:
 
         It is decoded to the output type of *options*; *created* is the loop time of the caller's submit.
         """
+        entry = self.entry(key, value, vector=options.answer is VECTOR)
+        reply = None if entry is None else self.reply(entry, options.answer, created)
+        if entry is None or reply is None:
+            self._ledger.cache_misses += 1
+            return None
+        saved = self._count_hit(entry, self._now())
+        if self._listeners.settle is not None:
+            origin = None if self._listeners.submit is None else self._listeners.submit()
+            now, model = asyncio.get_running_loop().time(), self._listeners.model
+            self._listeners.settle(
+                settled(options, created, origin, now, default_model=model, reply=reply, unbatched_cost_usd=saved)
+            )
+        return reply
+
+    def entry(self, key: bytes, value: bytes | None, *, vector: bool = False) -> entries.Entry | None:
+        """Return the entry, or *vector*, stored as *value* under *key*; None if it is not valid, or to be asked for anew."""
         now = self._now()
-        alone = self._alone and options.answer is not VECTOR
-        entry = None if value is None else entries.read(value, key, now, alone=alone)
-        kind = None if entry is None else self._kind_of(entry)
-        if entry is None or _is_ahead(entry, now) or self._asks_anew(kind, entry):
-            self._ledger.cache_misses += 1
+        entry = None if value is None else entries.read(value, key, now, alone=self._alone and not vector)
+        if entry is None or _is_ahead(entry, now) or self._asks_anew(self._kind_of(entry), entry):
             return None
+        return entry
+
+    def reply(self, entry: entries.Entry, answer: AnswerType, created: float) -> Reply[Any] | None:
+        """Return *entry* as a reply to a caller who wants it as *answer*, submitted at *created*; None if it does not fit."""
         with contained() as decoding:
-            output, text = options.answer.stored(entry.text, entry.body)
+            output, text = answer.stored(entry.text, entry.body)
         if decoding.error is not None:  # a caller's validator may raise anything; a new answer may satisfy it
-            self._ledger.cache_misses += 1
             return None
-        saved = self._count_hit(entry, now)
-        ended = asyncio.get_running_loop().time()
-        body, tool = entry.json(), options.answer.tool
+        body, tool = entry.json(), answer.tool
         if body is None and tool is not None:
             reason, members = tool.finish_reason, tool.call(text)
             body = completion_object(None, model=entry.model, finish_reason=reason, members=members)
-        reply = Reply(
+        return Reply(
             output,
             text,
             "cache",
             Usage(),
             0.0,
             entry.batch_size,
-            latency=ended - created,
+            latency=asyncio.get_running_loop().time() - created,
             model=entry.model,
             finish_reason="stop",
             body=body,
-            lane_kind=kind,
+            lane_kind=self._kind_of(entry),
         )
-        if self._listeners.settle is not None:
-            origin = None if self._listeners.submit is None else self._listeners.submit()
-            model = self._listeners.model
-            self._listeners.settle(
-                settled(options, created, origin, ended, default_model=model, reply=reply, unbatched_cost_usd=saved)
-            )
-        return reply
 
     def _kind_of(self, entry: entries.Entry) -> str | None:
         """Return the digest of the kind of lane in which *entry* was asked for; None if it is not known."""

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from microbatch.embedding.vectors import vector_of
 from microbatch.errors import StorageError
 from microbatch.messages import Usage
 
 if TYPE_CHECKING:
+    from array import array
     from collections.abc import Callable
 
 
@@ -70,6 +72,15 @@ class Entry(Entry1, frozen=True, array_like=True, tag=2):
     def is_vector(self) -> bool:
         """True if it is the vector of a text."""
         return self.lane_kind == VECTOR_KIND
+
+    def vector(self) -> array[float] | None:
+        """Return the vector; None if it is none."""
+        if not self.is_vector or self.body is None:
+            return None
+        try:
+            return vector_of(self.body)
+        except ValueError:
+            return None
 
     def json(self) -> dict[str, Any] | None:
         """See `Entry1`; None for a vector."""

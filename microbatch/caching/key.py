@@ -58,7 +58,8 @@ class Keys:
         """
         if isinstance(asked, bytes):
             return self._of_text(asked, cast("EmbeddingOptions", options))
-        return self._of_messages(asked, cast("Options", options))
+        keyed = asked if self._normalize is None else self._normalized(asked, self._normalize)
+        return self._of_messages(keyed, cast("Options", options))
 
     def _of_text(self, line: bytes, options: EmbeddingOptions) -> bytes:
         _, model, dimensions, fields, headers, tenant = options.content
@@ -69,18 +70,21 @@ class Keys:
         content = b"%s\n%s" % (_encode([FORMAT, self._endpoint, model, rest]), line)  # neither holds a line break
         return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, key=self.secret, person=b"embedding").digest()
 
-    def _of_messages(self, messages: Messages, options: Options) -> bytes:
+    def without_last_text(self, messages: Messages, options: Options) -> bytes:
+        """Return a digest of all of a request but its last text; that of no request is the same. For errors see `of`."""
+        return self._of_messages(_with_last_text(messages, ""), options, person=b"partition")
+
+    def _of_messages(self, messages: Messages, options: Options, person: bytes = b"") -> bytes:
         answer, model, max_tokens, fields, headers, tenant = options.content
         if fields:
             asked = asked_fields(options.params)
             fields = encoded(asked, "params", ordered=True) if asked else b""
         rest = (max_tokens, fields, asked_headers(headers), tenant)
-        keyed = messages if self._normalize is None else self._normalized(messages, self._normalize)
         try:
-            content = _encode([FORMAT, self._endpoint, model or self._model, answer, rest, keyed])
+            content = _encode([FORMAT, self._endpoint, model or self._model, answer, rest, messages])
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"messages must be JSON values: {error}") from error
-        return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, key=self.secret).digest()
+        return hashlib.blake2b(content, digest_size=_DIGEST_BYTES, key=self.secret, person=person).digest()
 
     def tenant_digest(self, tenant: str | None) -> bytes | None:
         """Return a digest of *tenant*, under which its entries are found again; None for none."""
@@ -97,9 +101,8 @@ class Keys:
 
     @staticmethod
     def _normalized(messages: Messages, normalize: Callable[[str], str]) -> list[Any]:
-        last: Any = messages[-1] if messages else None
-        content = last.content if isinstance(last, Message) else last.get("content") if isinstance(last, dict) else None
-        if not isinstance(content, str):
+        content = last_text(messages)
+        if content is None:
             return list(messages)
         with contained() as normalizing:
             text = normalize(content)
@@ -107,7 +110,19 @@ class Keys:
             raise ConfigError(f"normalize raised {type(normalizing.error).__name__}") from normalizing.error
         if not isinstance(text, str):
             raise ConfigError(f"normalize must return a string, got {type(text).__name__}")
-        return [*messages[:-1], msgspec.to_builtins(last) | {"content": text}]
+        return _with_last_text(messages, text)
+
+
+def last_text(messages: Messages) -> str | None:
+    """Return the text of the last message; None if it is none."""
+    last: Any = messages[-1] if messages else None
+    content = last.content if isinstance(last, Message) else last.get("content") if isinstance(last, dict) else None
+    return content if isinstance(content, str) else None
+
+
+def _with_last_text(messages: Messages, text: str) -> list[Any]:
+    """Return *messages*, the last of which has a text, with another *text*."""
+    return [*messages[:-1], msgspec.to_builtins(messages[-1]) | {"content": text}]
 
 
 def tenant_digest(tenant: str, secret: bytes) -> bytes:

@@ -33,7 +33,7 @@ Group: TypeAlias = argparse._ActionsContainer  # noqa: SLF001 a parser, or one o
 
 CONNECTION: Final = (
     *("structured", "stream_options", "first_timeout", "connect_timeout", "max_header_bytes", "trust_env", "uds"),
-    *("proxy", "headers", "query"),
+    *("proxy", "headers", "query", "embedding_model"),
 )
 """Arguments of `OpenAIChat` that have flags of the same name, `headers` in the singular."""
 
@@ -267,6 +267,7 @@ def add_connection(group: Group, key: str, *, uds: str = "--uds") -> None:
     add_flag(group, "--query NAME=VALUE", query, action="append", default=[], type=_pair)
     form = "how a form of the answers is asked for (default: by a schema, and from then on as the endpoint takes it)"
     add_flag(group, "--structured FORM", form, choices=get_args(Structured))
+    add_flag(group, "--embedding-model NAME", "the model of embeddings; requests of clients may name their own")
     options = "fields of stream_options beside include_usage, as a JSON object; false sends none"
     add_flag(group, "--stream-options JSON", options, type=_json)
     add_flag(
@@ -355,10 +356,12 @@ def _json(text: str) -> Any:
 
 
 def add_rate_limits(group: Group) -> None:
-    """Add `--rpm` and `--tpm`."""
+    """Add `--rpm`, `--tpm` and `--limit-store`."""
     tokens = "send at most N tokens in any minute, prompts and the answers reserved for them together"
     add_flag(group, "--rpm N", "send at most N requests in any minute")
     add_flag(group, "--tpm N", tokens)
+    store = "have --rpm and --tpm together with all processes that name the same Redis server, at redis://HOST:PORT/DB (default: alone)"
+    add_flag(group, "--limit-store URL", store)
 
 
 def add_prices(group: Group) -> None:

@@ -13,6 +13,9 @@ ACTION is one of
   clear    delete all entries
   export   write a line of JSON for each entry
 
+Of a semantic cache it has the answers only: the vectors of questions, and what
+was shown about them, are those of the process that uses it.
+
 Entries of earlier releases, and damaged ones, do not say whose they are:
 they are deleted with any --tenant. A running batcher may store answers that it
 has under way at that moment.
@@ -259,7 +262,7 @@ def _count(figures: Figures, size: int, entry: entries.Entry | entries.Entry1 | 
     model["entries"] += 1
     model["bytes"] += size
     figures.expired += entry.expires_at is not None and entry.expires_at <= now
-    figures.batched += isinstance(entry, entries.Entry) and entry.batch_size > 1
+    figures.batched += isinstance(entry, entries.Entry) and entry.batch_size > 1 and not entry.is_vector
     figures.oldest_at = entry.stored_at if figures.oldest_at is None else min(figures.oldest_at, entry.stored_at)
     figures.newest_at = entry.stored_at if figures.newest_at is None else max(figures.newest_at, entry.stored_at)
 
@@ -313,7 +316,8 @@ def _as_json(key: bytes, entry: entries.Entry | entries.Entry1) -> str:
 
 def _line(key: bytes, entry: entries.Entry | entries.Entry1) -> dict[str, Any]:
     known = entry if isinstance(entry, entries.Entry) else None
-    return {
+    is_vector = known is not None and known.is_vector
+    line = {
         "key": key.hex(),
         "model": entry.model,
         "text": entry.text,
@@ -326,8 +330,10 @@ def _line(key: bytes, entry: entries.Entry | entries.Entry1) -> dict[str, Any]:
             "completion_tokens": entry.completion_tokens,
             "cached_tokens": entry.cached_tokens,
         },
-        "body": None if entry.body is None else msgspec.Raw(entry.body),
+        "body": None if entry.body is None or is_vector else msgspec.Raw(entry.body),
     }
+    vector = None if known is None else known.vector()
+    return line if vector is None else line | {"vector": vector.tolist()}
 
 
 def _as_text(key: bytes, entry: entries.Entry | entries.Entry1, *, whole: bool) -> str:
@@ -337,6 +343,8 @@ def _as_text(key: bytes, entry: entries.Entry | entries.Entry1, *, whole: bool) 
     ends = "never expires" if entry.expires_at is None else f"expires {_date(entry.expires_at)}"
     head = f"{key.hex()}\n    {entry.model or 'no model'}, {how}, stored {_date(entry.stored_at)}, {ends}"
     text = entry.text if whole or len(entry.text) <= _SHOWN else f"{entry.text[:_SHOWN]}..."
+    if isinstance(entry, entries.Entry) and (vector := entry.vector()) is not None:
+        text = f"the vector of a text, {len(vector):,} numbers"
     return f"{head}\n{textwrap.indent(text, '    | ', lambda _: True)}\n"
 
 

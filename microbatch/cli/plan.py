@@ -31,6 +31,7 @@ from microbatch.cli.prices import read_prices
 from microbatch.cli.reading.examples import read_examples
 from microbatch.cli.reading.input import Input
 from microbatch.cli.reading.questions import BatchLines, Questions, Templated, payload_of
+from microbatch.cli.semantic import semantic_cache
 from microbatch.cli.simulated import SIMULATED_MODEL, SimulatedChat
 from microbatch.errors import ConfigError
 from microbatch.messages import Request
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
     from microbatch.accounting.prices import Price
     from microbatch.policy import AuditPolicy
+    from microbatch.semantic.cache import SemanticCache
     from microbatch.spending.budget import Budget
     from microbatch.spool.records import Spool
 
@@ -66,6 +68,7 @@ class Plan(msgspec.Struct, frozen=True):
     fallback: FallbackPolicy
     rate_limit: RateLimit | None
     cache: Guard | None
+    semantic: SemanticCache | None = None
     id_seed: str | None = None
     audit: AuditPolicy | None = None
     budget: Budget | None = None
@@ -84,13 +87,15 @@ class Plan(msgspec.Struct, frozen=True):
 
 def read_plan(args: argparse.Namespace) -> Plan:
     """Return the settings of the flags."""
+    cache = None if args.cache is None else Guard(cache_at(args.cache), patience=CACHE_PATIENCE)
     return Plan(
         policy=read_policy(args),
         fallback=FallbackPolicy(canary=args.canary),
         rate_limit=read_rate_limit(args),
-        cache=None if args.cache is None else Guard(cache_at(args.cache), patience=CACHE_PATIENCE),
+        cache=cache,
+        semantic=semantic_cache(args, cache),
         audit=read_audit(args),
-        transport=SimulatedChat(args.model or SIMULATED_MODEL) if args.simulate else _read_transport(args),
+        transport=_simulated(args) if args.simulate else _read_transport(args),
         id_seed=args.id_seed,
         budget=read_max_cost(args),
         prices=read_prices(args),
@@ -121,8 +126,17 @@ def read_policy(args: argparse.Namespace) -> FlushPolicy:
 
 
 def read_rate_limit(args: argparse.Namespace, *, processes: int = 1) -> RateLimit | None:
-    """Return the limit of `--rpm` and `--tpm` for one of so many *processes* that share it; None if neither is given."""
-    return RateLimit(rpm=args.rpm, tpm=args.tpm, share=1 / processes) if args.rpm or args.tpm else None
+    """Return the limit of `--rpm`, `--tpm` and `--limit-store`, without a store its part for one of so many *processes*, or None."""
+    if args.rpm or args.tpm:
+        share = 1.0 if args.limit_store is not None else 1 / processes
+        return RateLimit(rpm=args.rpm, tpm=args.tpm, share=share, store=args.limit_store)
+    if args.limit_store is not None:
+        raise UsageError("--limit-store needs --rpm or --tpm")
+    return None
+
+
+def _simulated(args: argparse.Namespace) -> SimulatedChat:
+    return SimulatedChat(args.model or SIMULATED_MODEL, args.embedding_model)
 
 
 def _read_transport(args: argparse.Namespace) -> OpenAIChat:

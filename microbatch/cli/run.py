@@ -79,6 +79,7 @@ from microbatch.cli.plan import prepare
 from microbatch.cli.reading.input import InputChanged
 from microbatch.cli.reading.questions import question_digest
 from microbatch.cli.resume import Resumed, open_output, resume
+from microbatch.cli.semantic import add_semantic_cache, semantic_figures, semantic_lines
 from microbatch.cli.summary import DAMAGE, alone, comparison, damage, fields, merging, remarks, reuse, skipped
 from microbatch.cli.writing.output import NotWritten, answer_line, failure_line
 from microbatch.cli.writing.standard_output import StandardOutput
@@ -120,6 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_flag(group, "--join", join)
     add_audit(group)
+    add_semantic_cache(group)
     add_dry_run(group)
 
 
@@ -164,6 +166,9 @@ def _ask(
     if again is not None:
         lines += audit_lines(again, bulk.stats)
         figures |= audit_figures(again, bulk.stats)
+    if plan.semantic is not None:
+        lines += semantic_lines(bulk.stats)
+        figures |= semantic_figures(bulk.stats)
     bulk.report(args, lines, figures)
     _note_rest(args, bulk, target.path if written else target.journal)
     return bulk.status if written or bulk.status != console.OK else console.SOME_FAILED

@@ -2,14 +2,14 @@ r"""`microbatch serve --upstream URL [options]`: serve the gateway, which combin
 
 Serve an OpenAI-compatible API in front of another. Chat completions of many
 clients leave as combined prompts, and each client gets its own answer, as JSON
-or as a stream; everything else under /v1 is relayed as it is. Clients change
-nothing but their base URL, and use their own keys: requests with different keys
+or as a stream; texts to embed leave as lists. Everything else under /v1 is
+relayed as it is. Clients change nothing but their base URL, and use their own keys: requests with different keys
 never share a prompt, a call or a cached answer. Azure's clients take the
 gateway as their azure_endpoint, whatever the upstream is.
 
 With OPENAI_API_KEY set, or the variable of --api-key-env, clients without a key
-(or with the key "microbatch") use that one, for chat completions and the list
-of models only; off loopback this needs --access-token-file.
+(or with the key "microbatch") use that one, for chat completions, embeddings
+and the list of models only; off loopback this needs --access-token-file.
 
 Clients may send X-Microbatch-Priority: high|normal|low, X-Microbatch-Cache: no
 or refresh, X-Microbatch-Batch: no (relayed byte for byte), and
@@ -60,6 +60,7 @@ from microbatch.cli.environment import with_environment
 from microbatch.cli.logs import call_logs, logging_to
 from microbatch.cli.plan import cache_at, read_policy, read_rate_limit
 from microbatch.cli.prices import read_prices
+from microbatch.cli.semantic import add_semantic_cache, semantic_cache
 from microbatch.cli.stopping import Server, listening
 from microbatch.cli.workers.supervisor import Supervisor
 from microbatch.cli.workers.work import Work, sockets_of_worker
@@ -77,7 +78,8 @@ from microbatch.transports.credentials import is_credential, is_for_a_proxy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from microbatch.accounting.stats import Stats
+    from microbatch.gateway.report import Report
+
 
 _LEAST_SECRET_BYTES: Final = 16
 
@@ -102,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_access_log(operation)
     arguments.add_log_file(operation)
     arguments.add_cache(operation)
+    add_semantic_cache(operation)
     arguments.add_prices(operation)
     batching = parser.add_argument_group("batching")
     arguments.add_policy(batching)
@@ -193,6 +196,7 @@ def make_gateway(args: argparse.Namespace, secret: bytes | None = None) -> Gatew
     policy = read_policy(args)
     token = _read_secret(args, "access_token_file", least=1)
     own_key = _own_key(args)
+    exact = None if args.cache is None else cache_at(args.cache)
     try:
         return Gateway(
             args.upstream,
@@ -215,7 +219,7 @@ def make_gateway(args: argparse.Namespace, secret: bytes | None = None) -> Gatew
             policy=policy,
             fallback=FallbackPolicy(canary=args.canary),
             rate_limit=read_rate_limit(args, processes=args.workers),
-            cache=None if args.cache is None else cache_at(args.cache),
+            cache=semantic_cache(args, exact) or exact,
             audit=arguments.read_audit(args, audit_own_keys=args.audit_own_keys),
             budget=arguments.read_budget(args),
             prices=read_prices(args),
@@ -274,7 +278,7 @@ async def _serve(args: argparse.Namespace) -> int:
 
     async with listening(Server(str(place), place.remedy, gateway.open, aclose, reload)) as stopped:
         await _wait(args, gateway.base_url, stopped)
-    note(_summary(gateway.stats()))
+    note(_summary(gateway.report()))
     return console.OK
 
 
@@ -286,7 +290,7 @@ async def _supervise(args: argparse.Namespace) -> int:
     async with listening(Server(str(place), place.remedy, *how)) as stopped:
         await _wait(args, f"{supervisor.origin}/v1", stopped)
     if supervisor.counted is not None:
-        note(_summary(supervisor.counted.stats))
+        note(_summary(supervisor.counted))
     return console.OK
 
 
@@ -322,7 +326,7 @@ def _introduce(args: argparse.Namespace, base_url: str) -> None:
         note("--upstream has no version in its path: most APIs are at an address that ends in /v1.")
     if not args.no_own_key and (args.api_key_command or args.api_key_env or os.environ.get("OPENAI_API_KEY")):
         clients = "with the access token" if args.access_token_file else "without a key"
-        note(f"Clients {clients} use {_name_of_key(args)}, for chat completions and the list of models.")
+        note(f"Clients {clients} use {_name_of_key(args)}, for chat completions, embeddings and the list of models.")
 
 
 async def _reload(gateway: Gateway, args: argparse.Namespace) -> None:
@@ -340,7 +344,11 @@ async def _reload(gateway: Gateway, args: argparse.Namespace) -> None:
         note("Reloaded: key, access token, prices and TLS files.")
 
 
-def _summary(stats: Stats) -> str:
-    combined = f"{plural(stats.items, 'chat completion')} with {plural(stats.upstream_calls - stats.forwarded, 'call')}"
+def _summary(report: Report) -> str:
+    stats, texts = report.stats, report.texts
+    asked = plural(max(0, stats.items - texts), "chat completion")
+    if texts:
+        asked = f"{asked} and {plural(texts, 'text')} to embed"
+    combined = f"{asked} with {plural(stats.upstream_calls - stats.forwarded, 'call')}"
     failed = f", {stats.failed:,} failed" if stats.failed else ""
     return f"served {combined}{failed}, and relayed {plural(stats.forwarded, 'request')}"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from microbatch.accounting.stats import Stats, together
+from microbatch.accounting.stats import OF_THE_CACHE, Stats, together
 from microbatch.cli.console import note, plural
 from microbatch.cli.logs import call_logs
 from microbatch.client import Microbatcher
@@ -91,7 +91,7 @@ class Session:
             policy=policy,
             fallback=plan.fallback,
             rate_limit=plan.rate_limit,
-            cache=plan.cache,
+            cache=plan.semantic or plan.cache,
             id_secret=plan.id_seed,
             prices=plan.prices,
             audit=audit,
@@ -112,6 +112,7 @@ class Session:
             # Each batcher reports all counts of the shared cache.
             cache_bypassed=stats[0].cache_bypassed,
             cache_evictions=stats[0].cache_evictions,
+            **{name: getattr(stats[0], name) for name in OF_THE_CACHE},
         )
 
     def note_stop(self) -> None:

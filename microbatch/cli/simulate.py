@@ -1,10 +1,11 @@
 """`microbatch simulate [options]`: serve a simulated OpenAI-compatible endpoint.
 
-Serve a simulated OpenAI-compatible endpoint (POST /v1/chat/completions, GET
-/v1/models, and OpenAI's files and batches below /v1/files and /v1/batches). It
-makes up answers that keep to the schema asked for and counts tokens as OpenAI
-does, takes its time as a model does, and can be told to keep to a quota, to
-lack features or to go wrong. Any key and any model name will do.
+Serve a simulated OpenAI-compatible endpoint (POST /v1/chat/completions and
+/v1/embeddings, GET /v1/models, and OpenAI's files and batches below /v1/files
+and /v1/batches). It makes up answers that keep to the schema asked for, and
+vectors that are near where texts share words, counts tokens as OpenAI does,
+takes its time as a model does, and can be told to keep to a quota, to lack
+features or to go wrong. Any key and any model name will do.
 
 Examples:
   microbatch simulate --port 8000

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from contextlib import AbstractAsyncContextManager
 
-    from microbatch.protocols import ChatCall, Completion
+    from microbatch.protocols import ChatCall, Completion, Embedded, EmbeddingCall
     from microbatch.transports.relay import Forwarded
 
 SIMULATED_MODEL: Final = "gpt-4.1-mini"
@@ -27,8 +27,9 @@ class SimulatedChat:
 
     base_url: Final = "simulated"
 
-    def __init__(self, model: str | None) -> None:
+    def __init__(self, model: str | None, embedding_model: str | None = None) -> None:
         self.model = model
+        self.embedding_model = embedding_model
         self._asked: dict[str, None] = {}  # models; an ordered set
         self._transport: OpenAIChat | None = None
         self._stack = AsyncExitStack()
@@ -52,7 +53,9 @@ class SimulatedChat:
         from microbatch.testing.endpoint import SimulatedEndpoint  # noqa: PLC0415 a server, which a real run does not need
 
         endpoint = await self._stack.enter_async_context(SimulatedEndpoint(brief=True))
-        self._transport = OpenAIChat(self.model, base_url=endpoint.base_url, api_key="simulated")
+        self._transport = OpenAIChat(
+            self.model, base_url=endpoint.base_url, api_key="simulated", embedding_model=self.embedding_model
+        )
         self._stack.push_async_callback(self._transport.aclose)
 
     async def send(self, call: ChatCall, on_text: Callable[[str], None]) -> Completion:
@@ -61,6 +64,10 @@ class SimulatedChat:
         if name and len(self._asked) <= _MOST_NAMED:
             self._asked[name] = None
         return await self._chat.send(call, on_text)
+
+    async def embed(self, call: EmbeddingCall) -> Embedded:
+        """Make one attempt at *call*; see `OpenAIChat.embed`."""
+        return await self._chat.embed(call)
 
     def forward(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None

@@ -6,6 +6,7 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, cast
 
+from microbatch.batching.attribution import with_earlier
 from microbatch.batching.estimates import Budget
 from microbatch.batching.lane import Lane, why_only_one
 from microbatch.batching.lane_history import LaneHistories
@@ -19,7 +20,7 @@ from microbatch.prompt.outcome import complaint, ending
 from microbatch.transports.expenses import Expense
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from microbatch.batching.attribution import CallCost, UsageAttribution
     from microbatch.batching.call_state import CallState
@@ -40,6 +41,9 @@ MAX_INPUTS: Final = 2_048
 MAX_TOKENS: Final = 300_000
 """Most tokens of one call, which is OpenAI's limit."""
 
+_MARGIN: Final = 1.05
+"""By which a limit is divided where tokens are counted in another encoding than the model's, which is close for most texts."""
+
 _BYTES_A_TOKEN: Final = 4
 """Of English, for usage that is not reported."""
 
@@ -52,12 +56,21 @@ class EmbeddingCalls:
         sending: Sends the calls.
         attribution: Attributes their cost.
         lanes: The open lanes.
+        may_be_low: Returns whether our count of tokens may be too low for a model.
 
     Attributes:
         latest: See `Calls`.
     """
 
-    def __init__(self, given: Dependencies, sending: Sending, attribution: UsageAttribution, lanes: LaneTable) -> None:
+    def __init__(
+        self,
+        given: Dependencies,
+        sending: Sending,
+        attribution: UsageAttribution,
+        lanes: LaneTable,
+        *,
+        may_be_low: Callable[[str | None], bool],
+    ) -> None:
         self.latest: Lane | None = None
         self._given = given
         self._policy = given.policy
@@ -66,6 +79,7 @@ class EmbeddingCalls:
         self._sending = sending
         self._attribution = attribution
         self._lanes = lanes
+        self._may_be_low = may_be_low
         self._histories = LaneHistories(ListHistory)
 
     # --- lanes
@@ -86,7 +100,8 @@ class EmbeddingCalls:
         """See `Calls`."""
         history, quota = lane.history, lane.account.max_tokens
         size = 1 if history.suspended_for else MAX_INPUTS if history.batch_size is None else history.batch_size
-        lane.rebudget(Budget(size, MAX_TOKENS if quota is None else min(MAX_TOKENS, quota), frame=0))
+        tokens = int(MAX_TOKENS / _MARGIN) if self._may_be_low(lane.spec.model) else MAX_TOKENS
+        lane.rebudget(Budget(size, tokens if quota is None else min(tokens, quota), frame=0))
         lane.fast_path_max_bytes = sys.maxsize if quota is None else -1
 
     def cost(self, lane: Lane, items: int, tokens: int, oldest: Ticket) -> int:  # noqa: ARG002 see `Calls`
@@ -186,8 +201,8 @@ class EmbeddingCalls:
             dimensions = cast("EmbeddingSpec", lane.spec).dimensions
             vectors = codec.read(completion, len(tickets), history.length if dimensions is None else dimensions)
             outcome.ending, outcome.fault = "complete" if vectors.fault is None else "wrong", vectors.fault
-            outcome.sound, outcome.odd = vectors.sound, vectors.odd
-            history.learn(vectors, len(tickets))
+            outcome.sound, outcome.odd, outcome.other = vectors.sound, vectors.odd, vectors.other
+            history.learn(vectors, len(tickets), again=again)
             self._answer(tickets, vectors, completion, call_state, call_cost)
         alone = self._attribution.attribute_list(tickets, completion, call_cost, again=again)
         return alone or [Usage()] * len(tickets)
@@ -207,14 +222,15 @@ class EmbeddingCalls:
             if vector is None:
                 continue
             if call_cost is None:
-                usage = Usage(len(ticket.line) // _BYTES_A_TOKEN + 1, estimated=True)
-                price = call_state.price
+                estimated = Usage(len(ticket.line) // _BYTES_A_TOKEN + 1, estimated=True)
+                usage, cost_usd = with_earlier(ticket, estimated, call_state.price)
             else:
-                usage, price = call_cost.shares[position], call_cost.price
-            cost_usd = None if price is None else price(usage)
+                usage, cost_usd = with_earlier(ticket, call_cost.shares[position], call_cost.price)
             waited, latency = sent - ticket.created, now - ticket.created
             # The fields in their order: names would cost a third more.
-            reply: Reply[Any] = Reply(vector, "", route, usage, cost_usd, size, waited, latency, model, "stop")
+            reply: Reply[Any] = Reply(
+                *(vector, "", route, usage, cost_usd, size, waited, latency, model, "stop", completion.request_id)
+            )
             reply._wait = call_state.wait  # noqa: SLF001 no field, see `Reply`
             replies.append((ticket, reply))
         call_state.waiting -= self._settlement.answer(replies)
@@ -226,9 +242,11 @@ class EmbeddingCalls:
         return self._attribution.cost(call_state, completion, weights, weights)
 
     def _expense(self, tickets: Sequence[Ticket]) -> Expense:
-        """Return what a call for *tickets* is likely to cost."""
-        spec, count = tickets[0].spec, self._given.count
-        tokens = sum(estimate(ticket.text, count) if ticket.counted is None else ticket.counted for ticket in tickets)
+        """Return what a call for *tickets* is likely to cost; of many characters, what samples of them tell."""
+        spec = tickets[0].spec
+        counted = sum(ticket.counted for ticket in tickets if ticket.counted is not None)
+        uncounted = "".join(ticket.text for ticket in tickets if ticket.counted is None)
+        tokens = counted + (estimate(uncounted, self._given.count) if uncounted else 0)
         return Expense(Usage(tokens), spec.model, spec.tenant, False, spec.tier)
 
 

@@ -29,12 +29,14 @@ class Vectors(msgspec.Struct):
         fault: What is wrong with the reply, or with what is None in it; None if nothing is.
         length: Length of the vectors; None if it is not known.
         odd: Whether the fault is a vector of another length.
+        other: The length that all vectors have in place of the known one; None if it is the known one, or they differ.
     """
 
     found: list[array[float] | None]
     fault: str | None = None
     length: int | None = None
     odd: bool = False
+    other: int | None = None
 
     @property
     def sound(self) -> bool:
@@ -75,7 +77,7 @@ def read(completion: Completion, asked: int, length: int | None) -> Vectors:
         other = next(len(vector) for vector in found if vector is not None and len(vector) != expected)
         fault = f"the reply holds a vector of {other} numbers in place of {expected}"
         found = [vector if vector is not None and len(vector) == expected else None for vector in found]
-    return Vectors(found, fault, expected, odd)
+    return Vectors(found, fault, expected, odd, lengths.pop() if odd and len(lengths) == 1 else None)
 
 
 def _fault_of(indices: list[Any]) -> str | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import Protocol
 
+    from microbatch.accounting.stats import Ledger
     from microbatch.batching.admission import AdmissionQueue
     from microbatch.batching.dependencies import Dependencies
     from microbatch.batching.intake import Intake
@@ -53,7 +54,7 @@ _SLICE = 256
 
 
 class Embedder:
-    """The way in for texts, for callers and for the batcher itself, which has look-ups embedded with `urgent`.
+    """The way in for texts.
 
     Args:
         given: The objects that the parts of a batcher share.
@@ -80,6 +81,7 @@ class Embedder:
         self.check_open: Callable[[], None]
         self.admission: AdmissionQueue = given.admission
         self.settlement: Settlement = given.settlement
+        self.ledger: Ledger = given.ledger
         self.cache = cache
         self._intake = intake
         self._lanes = lanes
@@ -102,15 +104,27 @@ class Embedder:
         Raises:
             ConfigError: It does not, or an option is wrong.
         """
+        self._check_transport()
+        named = getattr(self._transport, "embedding_model", None)
+        options = read_options(model, dimensions, params, headers, tenant, priority, default_model=named)
+        self._check_price(options.model)
+        return options
+
+    def check(self, model: str | None) -> None:
+        """Check that the transport makes embeddings calls, to *model* or to one of its own.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        self._check_transport()
+        read_options(model, default_model=getattr(self._transport, "embedding_model", None))
+
+    def _check_transport(self) -> None:
         if getattr(self._transport, "embed", None) is None:
             raise ConfigError(
                 f"{type(self._transport).__name__} has no embed(): it makes no embeddings calls; use OpenAIChat, or give it "
                 "`async embed(call: EmbeddingCall) -> Embedded`"
             )
-        named = getattr(self._transport, "embedding_model", None)
-        options = read_options(model, dimensions, params, headers, tenant, priority, default_model=named)
-        self._check_price(options.model)
-        return options
 
     async def embed(
         self,
@@ -119,13 +133,8 @@ class Embedder:
         *,
         timeout: float | None = None,
         use_cache: UseCache = True,
-        urgent: bool = False,
     ) -> Embedding:
-        """Return the vector of *text*; see `Microbatcher.embed`.
-
-        An *urgent* one waits for no others but those of the same step of the event loop, with which it leaves together, and needs no
-        place in the admission queue. It is for look-ups of a cache, whose request takes a place of its own.
-        """
+        """Return the vector of *text*; see `Microbatcher.embed`."""
         line = read_text(text, scratch=self.scratch)
         caller = self._caller(timeout, use_cache)
         if self.cache is not None and use_cache:
@@ -135,11 +144,8 @@ class Embedder:
                 return as_embedding(found)
             caller = found
         self.check_open()
-        if urgent:
-            self.admission.occupied += 1
-        else:
-            await self.admission.acquire(options.rank, options.tenant, caller)
-        ticket, waiter = self.accept(line, options, caller, patience=0.0 if urgent else None)
+        await self.admission.acquire(options.rank, options.tenant, caller)
+        ticket, waiter = self.accept(line, options, caller)
         try:
             return as_embedding(await waiter.future)
         except asyncio.CancelledError:
@@ -164,7 +170,7 @@ class Embedder:
         return await _Run(self, options, self._caller(timeout, use_cache), use_cache=use_cache).of(iter(texts))
 
     def _caller(self, timeout: float | None, use_cache: UseCache) -> CallerOptions:
-        if use_cache not in (True, False, "refresh"):
+        if use_cache is not True and use_cache is not False and use_cache != "refresh":
             raise ConfigError(f'use_cache must be True, False or "refresh", got {use_cache!r}')
         # A vector is exact, so that of an equal text under way always serves.
         caller = SHARED if use_cache is True else UNSHARED
@@ -179,8 +185,6 @@ class Embedder:
         options: EmbeddingOptions,
         caller: CallerOptions,
         on_taken: Callable[[Waiter], None] | None = None,
-        *,
-        patience: float | None = None,
     ) -> tuple[Ticket, Waiter]:
         """Queue a text whose caller occupies a place; see `Intake.accept_line`."""
         try:
@@ -188,7 +192,7 @@ class Embedder:
         except BaseException:
             self.admission.release()
             raise
-        return self._intake.accept_line(line, lane, caller, on_taken, patience=patience)
+        return self._intake.accept_line(line, lane, caller, on_taken)
 
 
 class _Run:
@@ -231,6 +235,7 @@ class _Run:
             raise
         failure = ended or taking
         if failure is not None:
+            self._leave()
             raise failure
         return self._found
 
@@ -248,6 +253,7 @@ class _Run:
             if isinstance(caller, Embedding):
                 self._pending.append(caller)
                 continue
+            embedder.check_open()  # a list that is queued after the last flush would never leave
             if embedder.admission.must_wait(options.rank):
                 self._flush()  # or what waits here could be all that keeps the places
             await embedder.admission.acquire(options.rank, options.tenant, caller, patient=True)
@@ -271,7 +277,10 @@ class _Run:
     async def _hand_out(self) -> None:
         """Wait for the first text that is pending; raise its error."""
         first = self._pending[0]
-        if not isinstance(first, Embedding):
+        if not isinstance(first, Embedding) and not first[1].future.done():
+            queue = first[0].queue
+            if queue is not None and not queue.due:
+                queue.flush(FlushReason.DRAIN)  # what could fill its list may wait for this text
             await asyncio.wait([first[1].future])
         first = self._pending.popleft()
         self._found.append(first if isinstance(first, Embedding) else as_embedding(first[1].future.result()))
@@ -280,11 +289,14 @@ class _Run:
         """Send what waits: nothing more comes for now."""
         queues = {entry[0].queue: None for entry in self._pending if not isinstance(entry, Embedding)}
         for queue in queues:
-            if queue is not None and not queue.due:
+            if queue is not None:
                 queue.flush(FlushReason.DRAIN)
 
     def _leave(self) -> None:
-        """Give up what is pending: the caller is gone."""
+        """Give up what is pending, and the shares of what was found: no caller gets it."""
+        for found in self._found:
+            if not found.usage.estimated:
+                self._embedder.ledger.unclaimed += found.usage
         for entry in self._pending:
             if not isinstance(entry, Embedding):
                 ticket, waiter = entry
@@ -303,4 +315,13 @@ def _ignore(_waiter: Waiter) -> None:
 
 def as_embedding(reply: Reply[Any]) -> Embedding:
     """Return the vector in *reply*, with its share of the cost."""
-    return Embedding(reply.output, reply.model, reply.usage, reply.cost_usd, reply.batch_size)
+    return Embedding(
+        reply.output,
+        reply.model,
+        reply.usage,
+        reply.cost_usd,
+        reply.batch_size,
+        reply.route,
+        reply.request_id,
+        reply.waited,
+    )

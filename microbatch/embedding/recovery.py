@@ -3,15 +3,17 @@
 - A refused list is halved until the cause is alone: k causes among n texts take at most 1 + 2k * ceil(log2 n) calls. If there is no
   cause, the endpoint takes smaller lists only, and the lane learns how small.
 - A list whose reply cannot be trusted, or holds vectors that cannot be used, is asked for in halves. When that brought nothing of use
-  twice, texts go alone; n texts that are always answered wrong take about 2n further calls. What is wrong alone as well is repeated
-  once, and ends with an error then.
+  twice, or many lists were wrong, texts go alone: n texts that are always answered wrong take about 2n further calls. What is wrong
+  alone as well is repeated once, and ends with an error then.
+- If all vectors of a list have the same other length, one text is asked for alone first. If its vector has that length too, the model
+  has changed, which is believed; or it ignores the dimensions asked for, and every text fails.
 - Anything else has no cause in the texts and would fail them again: every text fails with the error.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, cast
 
 import anyio
 import msgspec
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from microbatch.batching.lane_table import LaneTable
     from microbatch.batching.ticket import Ticket
     from microbatch.embedding.codec import Vectors
+    from microbatch.embedding.request import EmbeddingSpec
     from microbatch.errors import ConfigError, RequestFailed
     from microbatch.messages import Route
     from microbatch.transports.accounts import Permit
@@ -44,8 +47,14 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("microbatch")
 
-_FULL_LISTS: Final = 64
-"""Full lists answered in a row after which a learned size is doubled; twice as many each time that was in vain."""
+_TRIED_AFTER: Final = 8_192
+"""Texts answered in full lists after which a learned size is doubled; twice as many each time that was in vain."""
+
+_VAIN: Final = 2
+"""Times that a list was divided in vain after which texts go alone."""
+
+_WRONG_SHARE: Final = 8
+"""One list in so many texts may be answered wrong, before the rest go alone."""
 
 _ODD_ONES: Final = 3
 """Texts that failed by the length of their vectors, none answered between them, after which the known length is forgotten."""
@@ -57,24 +66,24 @@ class ListHistory(LaneHistory):
     Attributes:
         length: Length of its vectors; None until it is known.
         odd: Texts in a row that failed because their vectors had another length.
-        full: Full lists answered since the size was learned.
-        needed: Full lists after which a larger one is tried.
+        full: Texts answered in full lists since the size was learned.
+        needed: Those after which a longer list is tried.
     """
 
     length: int | None = None
     odd: int = 0
     full: int = 0
-    needed: int = _FULL_LISTS
+    needed: int = _TRIED_AFTER
 
-    def learn(self, vectors: Vectors, asked: int) -> None:
-        """Learn from the reply to a list of *asked* texts."""
+    def learn(self, vectors: Vectors, asked: int, *, again: bool) -> None:
+        """Learn from the reply to a list of *asked* texts; if it has asked *again*, the recovery learns whether lists are of use."""
         if not vectors.sound:
             return
         self.length, self.odd = vectors.length, 0
-        if asked > 1:
+        if asked > 1 and not again:
             self.record_outcome(good=True, judged=True)
         if self.batch_size is not None and asked >= self.batch_size:
-            self.full += 1
+            self.full += asked
             if self.full >= self.needed:
                 self.batch_size, self.full = 2 * self.batch_size, 0
                 self.revised = True
@@ -82,7 +91,7 @@ class ListHistory(LaneHistory):
     def learn_size(self, size: int) -> None:
         """Learn that the endpoint takes lists of *size* texts, and refuses larger ones."""
         if self.batch_size is None or size < self.batch_size:
-            self.needed = _FULL_LISTS if self.batch_size is None else 2 * self.needed
+            self.needed = _TRIED_AFTER if self.batch_size is None else 2 * self.needed
             self.batch_size, self.full = size, 0
             self.revised = True
 
@@ -103,6 +112,7 @@ class ListOutcome(msgspec.Struct):
         fault: What is wrong with the reply, or None.
         sound: Whether any text was answered.
         odd: Whether the fault is the length of a vector.
+        other: See `Vectors`.
     """
 
     tickets: list[Ticket]
@@ -111,6 +121,7 @@ class ListOutcome(msgspec.Struct):
     fault: str | None = None
     sound: bool = False
     odd: bool = False
+    other: int | None = None
 
     @property
     def complete(self) -> bool:
@@ -125,7 +136,6 @@ class _Part(msgspec.Struct, eq=False):
         within: The part that it was divided from, None for the whole list.
         repeated: Whether it repeats a call for the same text.
         accepted: The longest list within it that the endpoint took.
-        cause: Whether a text in it was refused alone.
     """
 
     tickets: list[Ticket]
@@ -133,7 +143,6 @@ class _Part(msgspec.Struct, eq=False):
     outcome: ListOutcome | None = None
     repeated: bool = False
     accepted: int = 0
-    cause: bool = False
 
     def around(self) -> Iterator[_Part]:
         """Yield this part, and those that it was divided from."""
@@ -168,7 +177,9 @@ class Recovery:
 
     async def after(self, outcome: ListOutcome) -> None:
         """Deal with what the first call has left."""
-        parts, vain = [_Part(outcome.tickets, outcome=outcome)], 0
+        if outcome.other is not None and len(outcome.tickets) > 1 and await self._ignores_dimensions(outcome):
+            return
+        parts, vain, wrong = [_Part(outcome.tickets, outcome=outcome)], 0, 0
         sound = outcome.sound
         while parts := [part for each in parts for part in self._divided(each)]:
             async with anyio.create_task_group() as tasks:
@@ -176,12 +187,27 @@ class Recovery:
                     tasks.start_soon(self._ask, part)
             self._learn_sizes()
             endings = [part.outcome for part in parts if part.outcome is not None]
-            sound = sound or any(each.sound for each in endings)
-            vain += any(each.ending == "wrong" for each in endings)
-            self._alone = self._alone or (vain >= 2 and not sound)  # noqa: PLR2004 twice
+            sound = sound or any(each.sound and len(each.tickets) > 1 for each in endings)
+            wrong_lists = sum(each.ending == "wrong" and len(each.tickets) > 1 for each in endings)
+            vain, wrong = vain + bool(wrong_lists), wrong + wrong_lists
+            self._alone = (vain >= _VAIN and not sound) or wrong * _WRONG_SHARE > len(outcome.tickets)
             self._lanes.taught(self._lane)
-        if outcome.ending == "wrong" and len(outcome.tickets) > 1 and not sound:
+        if len(outcome.tickets) > 1 and (sound or outcome.ending == "wrong"):
+            self._history.record_outcome(good=sound, judged=True)
             self._note_vain()
+
+    async def _ignores_dimensions(self, outcome: ListOutcome) -> bool:
+        """Ask for one text alone after a list of another length; return whether all have failed, because nothing else will come."""
+        probe = _Part(outcome.tickets[:1])
+        await self._ask(probe)
+        if probe.outcome is None or probe.outcome.other != outcome.other:
+            return False
+        if cast("EmbeddingSpec", self._lane.spec).dimensions is None:
+            self._history.length = None
+            return False
+        for ticket in outcome.tickets:
+            self._fail(ticket, MalformedAnswer(f"{outcome.fault}, in a list and alone: the model ignores dimensions="))
+        return True
 
     def _divided(self, part: _Part) -> list[_Part]:
         """Return the parts in which *part* is asked for again; none if all of its texts have ended."""
@@ -200,9 +226,6 @@ class Recovery:
             if self._history.batch_size is not None:
                 size = min(size, self._history.batch_size)
         else:
-            if outcome.ending == "refused":
-                for each in part.around():
-                    each.cause = True
             if outcome.error is not None:
                 for ticket in left:
                     self._fail(ticket, outcome.error)
@@ -231,13 +254,12 @@ class Recovery:
     def _learn_sizes(self) -> None:
         """Learn from the refused lists whose texts have all been answered in smaller ones."""
         for part in self._refused:
-            if part.accepted and not part.cause and all(ticket.reply is not None for ticket in part.tickets):
+            if part.accepted and all(ticket.reply is not None for ticket in part.tickets):
                 self._history.learn_size(part.accepted)
 
     def _note_vain(self) -> None:
-        """Note that neither the list nor any part of it got a sound reply."""
+        """Let texts go alone for a while if neither this list nor the one before got any sound reply, whole or in parts."""
         history = self._history
-        history.record_outcome(good=False, judged=True)
         if history.is_fruitless and not history.suspended_for:
             history.suspend()
             self._ledger.lanes_parted += 1

@@ -64,9 +64,11 @@ def vector_of(data: bytes) -> array[float]:
     Raises:
         ValueError: There is none, or one of its numbers is not finite.
     """
+    if not data or len(data) % _BYTES:
+        raise ValueError("no vector")
     vector = array("f", data)
     if sys.byteorder == "big":
         vector.byteswap()
-    if not vector or not is_finite(vector):
-        raise ValueError("no vector")
+    if not is_finite(vector):
+        raise ValueError("a vector with a number that is not finite")
     return vector

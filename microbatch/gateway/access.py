@@ -39,6 +39,8 @@ ids, are not."""
 _NO_KEY: Final = frozenset({"bearer", "bearer microbatch", "microbatch"})
 """Credentials that stand for none: many clients insist on a key."""
 
+JSON: Final = "application/json"
+
 _PRIVATE: Final = AMBIENT | {"cf-connecting-ip", "forwarded", "true-client-ip", "via", "x-client-ip", "x-real-ip"}
 _MODELS: Final = re.compile(r"/models(/[\w.:@-]+)*", re.ASCII)
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -207,10 +209,11 @@ class Access:
         if caller.own_key and not (request.method == "GET" and _MODELS.fullmatch(path)):
             raise GatewayError(
                 403,
-                "With the gateway's key, only POST /v1/chat/completions and GET /v1/models are served; send your own key.",
+                "With the gateway's key, only POST /v1/chat/completions, POST /v1/embeddings and GET /v1/models are served; send your "
+                "own key.",
                 code="own_key_only",
             )
-        if request.method == "POST" and not caller.credentials and request.content_type != "application/json":
+        if request.method == "POST" and not caller.credentials and request.content_type != JSON:
             raise not_json()
 
     def check_page(self, request: web.Request) -> None:
@@ -260,7 +263,7 @@ def is_private(name: str) -> bool:
 
 def not_json() -> GatewayError:
     """Return the error for a body that has to be JSON."""
-    return GatewayError(415, "The Content-Type must be application/json.", code="unsupported_media_type")
+    return GatewayError(415, f"The Content-Type must be {JSON}.", code="unsupported_media_type")
 
 
 def _address(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:

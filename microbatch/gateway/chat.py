@@ -21,7 +21,7 @@ from microbatch.gateway.access import not_json
 from microbatch.gateway.chat_request import read_chat_request, read_control_headers
 from microbatch.gateway.errors import translate
 from microbatch.gateway.event_stream import DONE, EventStream
-from microbatch.gateway.served import served
+from microbatch.gateway.served import reply_headers, served
 from microbatch.messages import Usage
 from microbatch.openai.chat_completion import completion_of, first_choice, first_message
 from microbatch.transports.chat_wire import completion_object, usage_object
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from microbatch.messages import Reply
 
 _OF_A_DELTA: Final = ("role", "content", "refusal")
-_ALREADY_PAID: Final = frozenset({"cache", "shared"})
+_ALREADY_PAID: Final = frozenset({"cache", "shared", "similar"})
 """Routes of answers whose calls another request has paid for."""
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -100,7 +100,7 @@ class ChatRoute:
                 completion = _completion_despite(error, chat.model) or {}
                 if not completion:
                     raise
-        return web.Response(body=_encode(completion), content_type="application/json", headers=_reply_headers(reply))
+        return web.Response(body=_encode(completion), content_type="application/json", headers=reply_headers(reply))
 
     async def _stream(self, request: web.Request, chat: ChatRequest, live: LiveAnswer) -> web.StreamResponse:
         """Answer *request* with a stream."""
@@ -117,7 +117,7 @@ class ChatRoute:
             if not completion or (stream.relayed and not isinstance(error, ReplyError | Filtered)):
                 served(request).fail(error)
                 return await stream.fail(translate(error))
-        await stream.begin(_reply_headers(reply))
+        await stream.begin(reply_headers(reply))
         events = b"" if stream.relayed else _encode_events(completion, include_usage=chat.include_usage)
         if not chat.include_usage or stream.told_usage:
             return await stream.end(events + DONE)
@@ -127,15 +127,6 @@ class ChatRoute:
             await stream.send(events)
             events, usage = b"", (await reply.settled()).usage
         return await stream.end(events + _encode_usage_event(completion, usage) + DONE)
-
-
-def _reply_headers(reply: Reply[str] | None) -> dict[str, str]:
-    if reply is None:
-        return {}
-    headers = {"X-Microbatch-Route": reply.route, "X-Microbatch-Batch-Size": str(reply.batch_size)}
-    if reply.request_id is not None:
-        headers["x-request-id"] = reply.request_id
-    return headers
 
 
 def _completion_for(request: ChatRequest, reply: Reply[str]) -> dict[str, Any]:

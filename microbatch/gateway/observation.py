@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.accounting.labels import CallerLabels
 from microbatch.accounting.live import LiveFigures
@@ -78,7 +78,7 @@ class Observation:
             pair = self._labels.pair(record.model, record.tenant, answered=record.answered)
             self._by_caller.labels(*pair, status).inc()
 
-    def _note(self, log: AccessLog, record: Served, reply: Reply[str] | None) -> None:
+    def _note(self, log: AccessLog, record: Served, reply: Reply[Any] | None) -> None:
         """Add the line of *record* to *log*; if its call is under way, when that has ended and the cost is known."""
         if reply is None or not reply.usage.estimated:
             log.write(record)

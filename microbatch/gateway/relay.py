@@ -17,7 +17,7 @@ from microbatch.transports.http import FRAMING, without
 from microbatch.transports.relay import read_charge
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import AsyncIterable, Sequence
 
     from microbatch.client import Microbatcher
     from microbatch.gateway.access import Caller
@@ -61,6 +61,24 @@ class Relay:
                 await response.write(chunk)
         except TimeoutError:
             raise ConnectionAbortedError("the client does not read") from None
+
+    async def send(
+        self, request: web.Request, response: web.StreamResponse, pieces: AsyncIterable[bytes]
+    ) -> web.StreamResponse:
+        """Send *response* with a body of *pieces*, and return it.
+
+        Raises:
+            ConnectionError: The client is gone, or does not read; its connection has been cut.
+        """
+        try:
+            await response.prepare(request)
+            async for piece in pieces:
+                await self.write(response, piece)
+            await response.write_eof()
+        except ConnectionError:
+            _abort(request)
+            raise
+        return response
 
     async def serve(
         self, request: web.Request, path: str, body: bytes | None, caller: Caller, *, alone: Sequence[str] = ()

@@ -25,12 +25,14 @@ class Report(msgspec.Struct):
         live: Recent figures.
         hour: Those of the last hour.
         families: The metrics that were counted; empty without the package prometheus-client.
+        texts: Texts that clients have asked the vectors of; they are among the items of the figures.
     """
 
     stats: Stats
     live: LiveState
     hour: HourState
     families: list[Family] = []
+    texts: int = 0
 
     def ended(self) -> Report:
         """Return what remains when the process has ended: nothing waits any more."""
@@ -51,6 +53,7 @@ def total(reports: Sequence[Report]) -> Report:
         copy.hour.add(other.hour)
     stats = together([report.stats for report in reports])
     copy.stats = msgspec.structs.replace(stats, budget=_freshest([report.stats.budget for report in reports]))
+    copy.texts = sum(report.texts for report in reports)
     copy.families = added(report.families for report in reports)
     return copy
 

@@ -62,7 +62,7 @@ class Served(msgspec.Struct, kw_only=True, eq=False):
     tenant: str | None = None
     model: str | None = None
     forwarded: bool = False
-    reply: Reply[str] | None = None
+    reply: Reply[Any] | None = None
     upstream_id: str | None = None
     status: int = 0
     reason: str | None = None
@@ -168,6 +168,16 @@ def served(request: web.BaseRequest) -> Served:
 def is_recorded(request: web.BaseRequest) -> bool:
     """Return whether *request* has a record."""
     return _KEY in request
+
+
+def reply_headers(reply: Reply[Any] | None) -> dict[str, str]:
+    """Return the headers that say how an answer came about; without a *reply* none."""
+    if reply is None:
+        return {}
+    headers = {"X-Microbatch-Route": reply.route, "X-Microbatch-Batch-Size": str(reply.batch_size)}
+    if reply.request_id is not None:
+        headers["x-request-id"] = reply.request_id
+    return headers
 
 
 def reason_of(error: Exception, code: object) -> str:

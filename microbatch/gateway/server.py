@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import msgspec
 from aiohttp import web
 from aiohttp.http import SERVER_SOFTWARE
 
@@ -24,6 +25,7 @@ from microbatch.gateway.connections import Connections
 from microbatch.gateway.cors import Cors
 from microbatch.gateway.crew import Lifecycle
 from microbatch.gateway.dashboard import show_dashboard
+from microbatch.gateway.embeddings import EmbeddingsRoute
 from microbatch.gateway.errors import GatewayError, from_aiohttp, translate
 from microbatch.gateway.observation import Observation
 from microbatch.gateway.own_pages import OwnPages
@@ -33,9 +35,10 @@ from microbatch.gateway.secret import secret_of
 from microbatch.gateway.served import begin, is_recorded, reason_of, served
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.gateway.upstream import API, AZURE, Upstream
+from microbatch.openai.embedding import HARMLESS_FIELDS
 from microbatch.policy import FlushPolicy
 from microbatch.prompt.parameters import HARMLESS
-from microbatch.transports.addresses import CHAT_COMPLETIONS
+from microbatch.transports.addresses import CHAT_COMPLETIONS, EMBEDDINGS
 from microbatch.transports.api_key import KeyFunction
 from microbatch.transports.openai_chat import OpenAIChat
 
@@ -62,8 +65,8 @@ class Gateway:
     async with Gateway("https://api.openai.com/v1", port=8080) as gateway:
         client = openai.AsyncOpenAI(base_url=gateway.base_url)  # with its own key
     ```
-    Chat completions are submitted to a `Microbatcher`; all else under /v1 is relayed unchanged. A caller's key is sent with that
-    caller's requests only: callers with different keys share no prompt, no call and no cached answer.
+    Chat completions and embeddings are submitted to a `Microbatcher`; all else under /v1 is relayed unchanged. A caller's key is
+    sent with that caller's requests only: callers with different keys share no prompt, no call and no cached answer.
 
     Args:
         upstream: Address of the upstream API, up to and without `/chat/completions`. Azure OpenAI: that of the resource, or of one
@@ -75,10 +78,10 @@ class Gateway:
         tls_cert: File with a TLS certificate in PEM, and those that lead to its issuer; None for no encryption.
         tls_key: File with its key in PEM, not encrypted; None if the key is in *tls_cert*.
         cors_origins: Origins whose web pages may use the API, as "https://app.example".
-        model: Model for requests that name none; None refuses those.
+        model: Model for chat completions that name none; None refuses those.
         query: Query parameters of every call to the upstream, such as Azure's `api-version`; those of a client take precedence.
-        api_key: Key for callers without one, who may use chat completions and the list of models only; or a function that returns it,
-            see `OpenAIChat`. With None their requests are sent without a key.
+        api_key: Key for callers without one, who may use chat completions, embeddings and the list of models only; or a function that
+            returns it, see `OpenAIChat`. With None their requests are sent without a key.
         access_token: Token that callers send in place of a key to use *api_key* and, off loopback, to see the gateway's own pages.
             With None every caller on this machine may.
         secret: Key of the digests that distinguish tenants; gateways that share a cache need the same. None uses the cache's own, or
@@ -156,8 +159,12 @@ class Gateway:
         self._add_pages(pages or {})
         self._relay = Relay(self.batcher, self._settings.client_timeout)
         policy = batcher.get("policy") or FlushPolicy()
-        harmless = HARMLESS.union(policy.combine_params)
-        self._chat = ChatRoute(self.batcher, self._access, self._relay, self._settings, model, harmless)
+        shared = (self.batcher, self._access, self._relay, self._settings)
+        embedding_model = (connection or {}).get("embedding_model")
+        self._chat = ChatRoute(*shared, model, HARMLESS.union(policy.combine_params))
+        harmless = HARMLESS_FIELDS.union(policy.combine_params)
+        self._embeddings = EmbeddingsRoute(*shared, embedding_model, harmless)
+        self._routes = {CHAT_COMPLETIONS: self._chat.serve, EMBEDDINGS: self._embeddings.serve}
         self._serving = 0  # requests of the API
 
     def _make_batcher(self, options: dict[str, Any]) -> Microbatcher:
@@ -166,6 +173,8 @@ class Gateway:
         self._observed.watch(batcher)
         if batcher.audits is not None:
             batcher.audits.callers_pay = self._access.callers_pay
+        if batcher.look_ups is not None:
+            batcher.look_ups.checks.callers_pay = self._access.callers_pay
         return batcher
 
     def _add_pages(self, pages: Mapping[str, Handler]) -> None:
@@ -223,7 +232,7 @@ class Gateway:
 
     def report(self) -> Report:
         """Return what this process has counted."""
-        return self._observed.report(self.batcher.stats())
+        return msgspec.structs.replace(self._observed.report(self.batcher.stats()), texts=self._embeddings.texts)
 
     # --- lifecycle
 
@@ -448,8 +457,9 @@ class Gateway:
 
     async def _serve_api(self, request: web.Request) -> web.StreamResponse:
         place = self._upstream.place(request)
-        if request.method == "POST" and place.api_path == CHAT_COMPLETIONS:
-            return await self._chat.serve(request, place)
+        serve = self._routes.get(place.api_path) if request.method == "POST" else None
+        if serve is not None:
+            return await serve(request, place)
         caller = self._access.caller(request)
         served(request).tenant = caller.tenant
         self._access.check_relayed(request, place.api_path, caller)

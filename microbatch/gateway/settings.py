@@ -18,8 +18,8 @@ class GatewaySettings:
         max_body_bytes: Longest request body, in bytes.
         max_requests: Most requests served at once; further ones get status 503.
         client_timeout: Longest time a client may take to send a body, or to read a piece of an answer, in seconds.
-        request_timeout: Longest time a chat completion may take, waiting for a batch and retries included, in seconds. With None
-            only `upstream_timeout` limits it, as it does one that is relayed.
+        request_timeout: Longest time a chat completion or embeddings may take, waiting for a batch and retries included, in seconds.
+            With None only `upstream_timeout` limits it, as it does one that is relayed.
         upstream_timeout: Longest time one call to the upstream may take, in seconds. A call that takes longer is retried up to three
             times, unless it was relayed.
         idle_timeout: Longest silence of the upstream within a streamed answer, in seconds. Before the first words only

@@ -39,8 +39,8 @@ class Place(msgspec.Struct, frozen=True):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Additions to `ChatCall.headers`: the path, if it is not the usual one."""
-        return {} if self.path == CHAT_COMPLETIONS else {":path": self.path}
+        """Additions to the headers of a call: the path, if it is not the usual one of this API."""
+        return {} if self.path == self.api_path else {":path": self.path}
 
 
 class Upstream:

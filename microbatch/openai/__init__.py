@@ -4,6 +4,8 @@
 async with AsyncOpenAI(mb.Microbatcher(mb.OpenAIChat("gpt-4.1-mini"))) as client:  # was: openai.AsyncOpenAI()
     completion = await client.chat.completions.create(model="gpt-4.1-mini", messages=messages)
     completion.choices[0].message.content, completion.usage.total_tokens, completion.microbatch.route
+    embedded = await client.embeddings.create(model="text-embedding-3-small", input=["a text", "another"])
+    embedded.data[1].embedding, embedded.usage.prompt_tokens, embedded.microbatch.batch_size
 ```
 Objects have the SDK's attributes and `model_dump`. Errors are this library's (`microbatch.RequestFailed` and its subclasses): a
 refusal, a filtered and a truncated answer are errors unless the request was sent alone. `usage` is the caller's share of a combined
@@ -15,6 +17,7 @@ by itself, with one budget for all requests.
 """
 
 from microbatch.openai.client import AsyncOpenAI, Chat, Completions
+from microbatch.openai.embeddings import Embeddings
 from microbatch.openai.objects import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -23,6 +26,9 @@ from microbatch.openai.objects import (
     ChoiceDelta,
     ChunkChoice,
     CompletionUsage,
+    CreateEmbeddingResponse,
+    EmbeddingObject,
+    EmbeddingUsage,
     FunctionCall,
     Object,
     ToolCall,
@@ -41,6 +47,10 @@ __all__ = [
     "ChunkChoice",
     "CompletionUsage",
     "Completions",
+    "CreateEmbeddingResponse",
+    "EmbeddingObject",
+    "EmbeddingUsage",
+    "Embeddings",
     "FunctionCall",
     "Object",
     "ToolCall",

@@ -1,10 +1,10 @@
-"""`AsyncOpenAI`: a batcher with the interface of OpenAI's client, for `chat.completions.create` and `parse`."""
+"""`AsyncOpenAI`: a batcher with the interface of OpenAI's client, for chat completions and embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypedDict, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, cast, overload
 
 import msgspec
 
@@ -14,12 +14,14 @@ from microbatch.containment import contained
 from microbatch.errors import ConfigError, Filtered, MalformedAnswer, TruncatedReply
 from microbatch.openai.chat_completion import completion_of, submit_arguments, usage_share
 from microbatch.openai.compatible import RAW_RESPONSE, Address, Models, raw
+from microbatch.openai.embeddings import Embeddings
 from microbatch.openai.objects import ChatCompletion, CompletionUsage, sdk_class
+from microbatch.openai.options import OF_SUBMIT, given_options, is_given, request_body
 from microbatch.openai.stream import open_stream
 from microbatch.protocols import ChatCall
 from microbatch.schema.answer_type import answer_type
 from microbatch.schema.decode import misfit_message
-from microbatch.transports.addresses import CHAT_COMPLETIONS
+from microbatch.transports.addresses import CHAT_COMPLETIONS, EMBEDDINGS
 from microbatch.transports.chat_wire import can_stream
 from microbatch.transports.lenient import as_object
 
@@ -92,10 +94,6 @@ class CreateOptions(RequestOptions, total=False):
     response_format: Mapping[str, Any] | None
 
 
-_OF_SUBMIT: Final = ("timeout", "tenant", "priority", "use_cache", "ttl")
-_OF_SDK: Final = ("extra_headers", "extra_body", "extra_query")
-
-
 class Completions:
     """Asks for chat completions, with the arguments and results of the SDK.
 
@@ -152,10 +150,10 @@ class Completions:
             Overloaded: Too many requests are pending.
             RequestFailed: The request failed, as in `submit`. A refusal is an error (`Refused`) unless the request was sent alone.
         """
-        given = self._given(options)
+        given = given_options(self._defaults, options)
         if isinstance(kind := given.get("response_format"), type):
             raise ConfigError(f"create() takes a response_format as JSON; parse() takes the type {kind.__name__}")
-        body = _body(given, messages=messages, stream=stream)
+        body = request_body(given, messages=messages, stream=stream)
         if body.get("stream"):
             return await open_stream(self._batcher, body, given.get("extra_headers"), given.get("timeout"))
         body.pop("stream", None)
@@ -188,8 +186,8 @@ class Completions:
             TruncatedReply: The answer was cut off by the token limit.
             MicrobatchError: As for `create`.
         """
-        given = self._given(options)
-        if not _is_given(response_format):
+        given = given_options(self._defaults, options)
+        if not is_given(response_format):
             response_format = cast("TypeForm[T]", str)
         if isinstance(response_format, Mapping):
             completion: ChatCompletion[Any] = await self.create(
@@ -197,7 +195,7 @@ class Completions:
             )
             _parse_json(completion)
             return completion
-        body = _body(given, messages=messages)
+        body = request_body(given, messages=messages)
         if body.pop("stream", None):
             raise ConfigError("parse() waits for the whole answer; create(stream=True) streams")
         tools = body.get("tools") or ()
@@ -209,15 +207,6 @@ class Completions:
             message = completion.choices[0].message
             message.content, message.parsed = completion.microbatch.text, completion.microbatch.output
         return completion
-
-    def _given(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options that are given, by the caller or as defaults."""
-        given = self._defaults | {name: value for name, value in options.items() if _is_given(value)}
-        headers = {**self._defaults.get("extra_headers", {}), **given.get("extra_headers", {})}
-        given["extra_headers"] = {name: value for name, value in headers.items() if _is_given(value)} or None
-        timeout = given.get("timeout")
-        given["timeout"] = getattr(timeout, "read", timeout)  # of an `httpx.Timeout`
-        return given
 
     async def _ask(
         self, body: dict[str, Any], output_type: Any, given: Mapping[str, Any]
@@ -239,7 +228,7 @@ class Completions:
             **submit_arguments(body),
             output_type=output_type,
             headers=given.get("extra_headers"),
-            **{name: given[name] for name in _OF_SUBMIT if name in given},
+            **{name: given[name] for name in OF_SUBMIT if name in given},
         )
         members = reply.body if reply.body is not None else completion_of(reply, body.get("model"))
         completion: ChatCompletion[Any] = ChatCompletion(members)
@@ -256,7 +245,7 @@ class Chat:
 
 
 class AsyncOpenAI:
-    """A client with the SDK's interface for chat completions; its requests may be combined with others.
+    """A client with the SDK's interface for chat completions and embeddings; its requests may be combined with others.
 
     Args:
         batcher: An open batcher, which its owner closes, or a new one, which `async with` opens and closes.
@@ -265,6 +254,7 @@ class AsyncOpenAI:
     Attributes:
         batcher: As given.
         chat: Holds `completions`.
+        embeddings: Asks for embeddings.
         models: The endpoint's models.
         base_url: The endpoint's address, "" if the transport has none.
         api_key: A placeholder: the transport has the key.
@@ -279,6 +269,7 @@ class AsyncOpenAI:
         self.batcher = batcher
         self._defaults = dict(defaults or {})
         self.chat: Chat = Chat(batcher, self._defaults)
+        self.embeddings: Embeddings = Embeddings(batcher, self._defaults)
         self.models: Models = Models(batcher, self._defaults.get("extra_headers", {}))
 
     @property  # type: ignore[misc]
@@ -317,15 +308,15 @@ class AsyncOpenAI:
         Raises:
             ConfigError: An option belongs to the transport.
         """
-        if others := sorted(name for name, value in options.items() if _is_given(value)):
+        if others := sorted(name for name, value in options.items() if is_given(value)):
             raise ConfigError(f"with_options() cannot change {', '.join(others)}: make another transport and batcher")
         defaults = dict(self._defaults)
-        if _is_given(timeout):
+        if is_given(timeout):
             defaults["timeout"] = timeout
         headers = dict(defaults.get("extra_headers", {}))
-        if _is_given(default_headers):
+        if is_given(default_headers):
             headers |= default_headers or {}
-        if _is_given(api_key):
+        if is_given(api_key):
             headers["Authorization"] = f"Bearer {api_key}"
         return type(self)(self.batcher, defaults={**defaults, "extra_headers": headers})
 
@@ -334,20 +325,25 @@ class AsyncOpenAI:
     async def post(
         self, path: str, *, body: Mapping[str, Any], options: Mapping[str, Any] | None = None, **of_sdk: Any
     ) -> Any:
-        """Ask for a completion or a stream by the SDK's lower method, which litellm uses.
+        """Ask for a completion, a stream or embeddings by the SDK's lower method, which litellm uses.
 
         Raises:
-            ConfigError: The path is another than `/chat/completions`.
+            ConfigError: The path is another than `/chat/completions` and `/embeddings`.
             MicrobatchError: As for `create`.
         """
-        if path != CHAT_COMPLETIONS:
-            raise ConfigError(f"only {CHAT_COMPLETIONS} can be asked for, not {path}")
+        asked: Any
+        if path == CHAT_COMPLETIONS:
+            asked, body = self.chat.completions, {**body, "stream": of_sdk.get("stream") or body.get("stream")}
+        elif path == EMBEDDINGS:
+            asked, body = self.embeddings, {"input": None, **body}
+        else:
+            raise ConfigError(f"only {CHAT_COMPLETIONS} and {EMBEDDINGS} can be asked for, not {path}")
         given = dict(options or {})
         headers = {name: value for name, value in (given.get("headers") or {}).items() if name.lower() != RAW_RESPONSE}
-        wants_raw = len(headers) < len(given.get("headers") or {})
-        completions: Any = self.chat.completions.with_raw_response if wants_raw else self.chat.completions
-        return await completions.create(
-            **{**body, "stream": of_sdk.get("stream") or body.get("stream")},
+        if len(headers) < len(given.get("headers") or {}):
+            asked = asked.with_raw_response
+        return await asked.create(
+            **body,
             extra_headers=headers,
             extra_query=given.get("params") or None,
             extra_body=given.get("extra_json"),
@@ -378,22 +374,6 @@ class RawCompletions:
     def __init__(self, completions: Completions) -> None:
         self.create: Callable[..., Awaitable[RawResponse[ChatCompletion[None] | AsyncStream]]] = raw(completions.create)
         self.parse: Callable[..., Awaitable[RawResponse[ChatCompletion[Any]]]] = raw(completions.parse)
-
-
-def _body(options: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
-    """Return the request body: *fields* and the fields among *options*, overridden by `extra_body`, as in the SDK."""
-    if _is_given(options.get("extra_query")):
-        raise ConfigError("extra_query belongs to the endpoint: pass OpenAIChat(query=...)")
-    fields |= {name: value for name, value in options.items() if name not in (*_OF_SUBMIT, *_OF_SDK)}
-    return {name: value for name, value in fields.items() if _is_given(value)} | dict(options.get("extra_body") or {})
-
-
-def _is_given(value: object) -> bool:
-    # The SDK's own "not given" values are recognised without importing it.
-    kind = type(value)
-    return value is not None and not (
-        kind.__name__ in ("NotGiven", "Omit") and kind.__module__.partition(".")[0] == "openai"
-    )
 
 
 def _encode(value: Any) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 from microbatch.openai.objects import Object, sdk_class
-from microbatch.openai.stream import read_json
+from microbatch.openai.relayed import read_json
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping

@@ -1,4 +1,4 @@
-"""The objects of chat completions with the attributes of OpenAI's SDK, made from JSON without importing it."""
+"""The objects of chat completions and embeddings with the attributes of OpenAI's SDK, made from JSON without importing it."""
 
 from __future__ import annotations
 
@@ -248,6 +248,51 @@ class ChatCompletion(
         await self.microbatch.settled()
         self.usage = CompletionUsage(usage_share(self.microbatch))
         return self
+
+
+class EmbeddingObject(Object, sdk=("openai.types", "Embedding")):
+    """The vector of one text: numbers, or base64 of little-endian 32-bit floats."""
+
+    embedding: list[float]
+    index: int
+    object: Literal["embedding"]
+
+    def __init__(self, members: Mapping[str, Any]) -> None:
+        dict.__init__(self, members)  # the numbers need no look at each of them
+
+
+class EmbeddingUsage(Object, sdk=("openai.types.create_embedding_response", "Usage")):
+    """Token counts."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class CreateEmbeddingResponse(
+    Object,
+    attribute="microbatch",
+    sdk=("openai.types", "CreateEmbeddingResponse"),
+    data=EmbeddingObject,
+    usage=EmbeddingUsage,
+):
+    """The answer to a request for embeddings.
+
+    Attributes:
+        usage: This request's share of the tokens.
+        microbatch: The `Reply`, with the `Embedding` of each text as its output: route, price, batch size. If the request was sent
+            alone, its route is "forward", and it has no price. Not a member of the JSON.
+    """
+
+    data: list[EmbeddingObject]
+    model: str
+    object: Literal["list"]
+    usage: EmbeddingUsage
+    microbatch: Reply[Any]
+
+    @property
+    def _request_id(self) -> str | None:
+        """The endpoint's id of the call, or None, under the SDK's name."""
+        return self.microbatch.request_id
 
 
 class ChoiceDelta(Object, tool_calls=ToolCall, function_call=FunctionCall):

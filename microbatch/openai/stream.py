@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any, Final, Self
-
-import msgspec
+from typing import TYPE_CHECKING, Any, Self
 
 from microbatch.checking import at_least
-from microbatch.errors import ConfigError, DeadlineExceeded, TransportError
+from microbatch.errors import ConfigError, TransportError
 from microbatch.openai.objects import ChatCompletionChunk
+from microbatch.openai.relayed import WHERE, begin_of, encoded_body, limited, secrets_of, sent_headers
 from microbatch.transports.addresses import CHAT_COMPLETIONS
-from microbatch.transports.credentials import is_credential
-from microbatch.transports.error_parsing import has_failed, read_failure, read_fault, to_error
-from microbatch.transports.lenient import as_object, decode_body
+from microbatch.transports.error_parsing import has_failed, read_fault, to_error
+from microbatch.transports.lenient import decode_body
 from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:
@@ -22,9 +19,6 @@ if TYPE_CHECKING:
 
     from microbatch.client import Microbatcher
     from microbatch.transports.relay import Forwarded
-
-MAX_BODY_BYTES: Final = 1024 * 1024
-_WHERE: Final = "the endpoint"
 
 
 class AsyncStream:
@@ -94,7 +88,7 @@ def _read_chunk(data: bytes, response: Forwarded, secrets: list[str]) -> ChatCom
         raise TransportError("an event of the stream is no chunk of a completion")
     fault = read_fault(data, response.status) if members.get("error") or members.get("object") == "error" else None
     if fault is not None:
-        raise to_error(fault, where=_WHERE, headers=response.headers, secrets=secrets)
+        raise to_error(fault, where=WHERE, headers=response.headers, secrets=secrets)
     return ChatCompletionChunk(members)
 
 
@@ -111,43 +105,13 @@ async def open_stream(
     at_least(0, timeout=timeout)
     if not body.get("model"):
         raise ConfigError("a streamed completion is sent unchanged: name its model")
-    try:
-        encoded = msgspec.json.encode(body)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"the request cannot be written as JSON ({type(error).__name__})") from None
-    sent = {"content-type": "application/json", "accept": "text/event-stream", "user-agent": "microbatch"}
-    sent |= {name.lower(): value for name, value in (headers or {}).items()}
+    encoded, sent = encoded_body(body), sent_headers("text/event-stream", headers)
     async with AsyncExitStack() as held:
-        limit = asyncio.timeout(timeout)
-        try:
-            async with limit:
-                response = await held.enter_async_context(batcher.forward("POST", CHAT_COMPLETIONS, sent, encoded))
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlineExceeded(f"no answer within the timeout of {timeout} s") from None
-        secrets = [value.rpartition(" ")[2] for name, value in sent.items() if value and is_credential(name)]
+        async with limited(timeout):
+            response = await held.enter_async_context(batcher.forward("POST", CHAT_COMPLETIONS, sent, encoded))
+        secrets = secrets_of(sent)
         await _check(response, secrets)
         return AsyncStream(response, held.pop_all(), secrets)
-
-
-async def read_json(batcher: Microbatcher, path: str, headers: Mapping[str, str]) -> dict[str, Any]:
-    """Return the JSON object at *path* of the endpoint.
-
-    Raises:
-        TransportError: The endpoint could not be reached, refused (`StatusError`), or does not answer with JSON.
-    """
-    async with batcher.forward(
-        "GET", path, {"accept": "application/json", "user-agent": "microbatch", **headers}
-    ) as response:
-        raw = await _begin_of(response)
-        if has_failed(response.status):
-            fault = read_failure(raw, response.status)
-            raise to_error(fault, where=_WHERE, headers=response.headers, secrets=[*headers.values()])
-    try:
-        return as_object(decode_body(raw))
-    except ValueError:
-        raise TransportError(f"{_WHERE} answered with no JSON") from None
 
 
 async def _check(response: Forwarded, secrets: list[str]) -> None:
@@ -155,16 +119,7 @@ async def _check(response: Forwarded, secrets: list[str]) -> None:
     kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     if not has_failed(response.status) and not kind.endswith("json"):
         return
-    fault = read_fault(await _begin_of(response), response.status)
+    fault = read_fault(await begin_of(response), response.status)
     if fault is None:
-        raise TransportError(f"{_WHERE} answered with one JSON object where a stream was asked for")
-    raise to_error(fault, where=_WHERE, headers=response.headers, secrets=secrets)
-
-
-async def _begin_of(response: Forwarded) -> bytes:
-    raw = b""
-    async for piece in response:
-        raw += piece
-        if len(raw) > MAX_BODY_BYTES:
-            break
-    return raw
+        raise TransportError(f"{WHERE} answered with one JSON object where a stream was asked for")
+    raise to_error(fault, where=WHERE, headers=response.headers, secrets=secrets)

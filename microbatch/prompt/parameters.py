@@ -76,7 +76,12 @@ def _harmful(fields: Mapping[str, Any], harmless: Collection[str]) -> Iterator[s
         if name in NESTED and isinstance(value, dict):
             yield from _harmful(value, harmless)
         else:
-            yield name if _NAME.fullmatch(name) else ODD_NAME
+            yield shown_name(name)
+
+
+def shown_name(name: str) -> str:
+    """Return the *name* of a field as figures show it: callers may make up any."""
+    return name if _NAME.fullmatch(name) else ODD_NAME
 
 
 def is_default(name: str, value: Any) -> bool:

@@ -35,7 +35,7 @@ from microbatch.semantic.words import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from collections.abc import Set as AbstractSet
 
 LONGEST: Final = 2_000
@@ -51,14 +51,14 @@ class Signature(NamedTuple):
     Attributes:
         facts: Its facts in order. A text that cannot be judged has one, of itself.
         words: The stems of its words with content, in order.
-        poles: The poles of opposites in it: an axis and one of its sides.
+        poles: The poles of opposites in it, in order: an axis and one of its sides.
         openings: The stems of capitalised words at the beginning of sentences that may be names.
         directed: True if a word such as "from" or "than" gives the order of words a meaning.
     """
 
     facts: tuple[Fact, ...]
     words: tuple[str, ...] = ()
-    poles: frozenset[tuple[int, int]] = frozenset()
+    poles: tuple[tuple[int, int], ...] = ()
     openings: frozenset[str] = frozenset()
     directed: bool = False
 
@@ -79,8 +79,7 @@ def refusal(asked: Signature, kept: Signature) -> str | None:
         return "names"
     if _turned(here - there, there) or _turned(there - here, here):
         return "negation"
-    differing = {axis for axis, _ in asked.poles ^ kept.poles}
-    if differing & {axis for axis, _ in asked.poles} & {axis for axis, _ in kept.poles}:
+    if asked.poles != kept.poles and _opposed(_by_axis(asked.poles), _by_axis(kept.poles)):
         return "opposites"
     if (here == there or (asked.directed and kept.directed)) and _reordered(asked.words, kept.words, here & there):
         return "order"
@@ -103,6 +102,21 @@ def _turned(words: AbstractSet[str], others: AbstractSet[str]) -> bool:
         not others.isdisjoint((stem(word.removesuffix("less")), word.removesuffix("less") + "ful"))
         for word in words
         if word.endswith("less")
+    )
+
+
+def _by_axis(poles: Iterable[tuple[int, int]]) -> dict[int, list[int]]:
+    sides: dict[int, list[int]] = {}
+    for axis, pole in poles:
+        sides.setdefault(axis, []).append(pole)
+    return sides
+
+
+def _opposed(asked: Mapping[int, Sequence[int]], kept: Mapping[int, Sequence[int]]) -> bool:
+    """Return whether two texts have other poles of an axis that both have, or, with several poles of it, others in their order."""
+    return any(
+        set(asked[axis]) != set(kept[axis]) or (len(set(asked[axis])) > 1 and asked[axis] != kept[axis])
+        for axis in asked.keys() & kept.keys()
     )
 
 
@@ -214,6 +228,9 @@ _UNQUALIFIED: Final = frozenset(
 _UNQUALIFYING: Final = frozenset({"please", "thanks", "thank", "is", "was"})
 """Words after a number that say nothing about it."""
 
+_VOWEL: Final = re.compile("[aeiouy]")
+"""A word without any is an abbreviation or a code."""
+
 _SHORTENED: Final = re.compile(r"'(?:m|re|ve|ll|d)$")
 _CONTRACTED: Final = {"can't": "can", "won't": "will", "shan't": "shall", "ain't": "is"}
 
@@ -224,7 +241,7 @@ class _Reader:
     def __init__(self) -> None:
         self._facts: list[Fact] = []
         self._words: list[str] = []
-        self._poles: set[tuple[int, int]] = set()
+        self._poles: list[tuple[int, int]] = []
         self._openings: set[str] = set()
         self._directed = False
         self._negations: list[int] = []
@@ -247,7 +264,7 @@ class _Reader:
 
     def signature(self, quotes: list[Fact]) -> Signature:
         facts, words = tuple(self._facts + quotes), tuple(self._words)
-        return Signature(facts, words, frozenset(self._poles), frozenset(self._openings), self._directed)
+        return Signature(facts, words, tuple(self._poles), frozenset(self._openings), self._directed)
 
     def read(self, token: _Token) -> None:
         parts = _DASHES.split(token.text)
@@ -308,7 +325,7 @@ class _Reader:
                 self._facts.append((kind, value))
         elif self._after_how and lower in HOW:
             self._facts.append(("questions", f"how {lower}"))
-        elif len(lower) == 1 and lower not in {"a", "i"}:
+        elif lower.isascii() and (len(lower) == 1 or not _VOWEL.search(lower)) and lower not in {"a", "i"}:
             self._facts.append(("codes", lower))
         self._content(_SHORTENED.sub("", lower))
         self._before, self._after_how = lower, lower == "how"
@@ -321,7 +338,7 @@ class _Reader:
     def _content(self, lower: str) -> None:
         root = stem(lower)
         if lower in OPPOSED or lower not in FUNCTION:  # "here" has the stem of "her"
-            self._poles.update(POLES.get(root, ()))
+            self._poles.extend(POLES.get(root, ()))
         self._directed = self._directed or lower in DIRECTIONS
         if ending := degree(lower):
             self._facts.append(("comparison", ending))

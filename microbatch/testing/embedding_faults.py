@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
+from microbatch.checking import check_fields
 from microbatch.testing.faults import Selection
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class EmbeddingFaults(Selection):
     _: KW_ONLY
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.check(self._kinds, EmbeddingFault)
 
     @property

@@ -215,7 +215,7 @@ def _read_input(body: Mapping[str, Any], most: int) -> tuple[list[str], list[int
         )
     given: Any = body["input"]
     inputs: list[Any] = given if isinstance(given, list) else [given]
-    if inputs and all(map(_is_whole, inputs)):
+    if given and inputs is given and all(map(_is_whole, inputs)):
         inputs = [inputs]
     if len(inputs) > most:
         message = (

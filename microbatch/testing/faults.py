@@ -69,8 +69,7 @@ class Selection:
     retry_after: Seconds | None = 0.1
 
     def check(self, kinds: Sequence[str], known: object) -> None:
-        """Check all fields; raise `ConfigError` if one is wrong, there is no kind, or one is not among the *known* ones."""
-        check_fields(self)
+        """Raise `ConfigError` if there are no *kinds*, one is not among the *known* ones, or the rate is above 1."""
         if not kinds:
             raise ConfigError("kinds must name at least one fault")
         for kind in kinds:
@@ -111,6 +110,7 @@ class Faults(Selection):
     on: On = "combined"
 
     def __post_init__(self) -> None:
+        check_fields(self)
         self.check(self._kinds, Kind)
 
     @property

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.checking import checks_arguments
 from microbatch.errors import (
+    AuthFailed,
     BadRequest,
     ConnectFailed,
+    RateLimited,
     ServerError,
     StatusError,
     TransportTimeout,
@@ -193,6 +195,9 @@ def _key(headers: Mapping[str, str]) -> str:
     return next((value for name, value in headers.items() if name.lower() == "authorization"), "")
 
 
+_BY_STATUS: Final[dict[int, type[StatusError]]] = {401: AuthFailed, 429: RateLimited, 500: ServerError}
+
+
 def _status_error(error: EndpointError, number: int, call: ChatCall) -> StatusError:
     """Return what an HTTP transport would raise for an error response to *call*, whose bound is lowered if that is why."""
     said = None
@@ -210,7 +215,8 @@ def _status_error(error: EndpointError, number: int, call: ChatCall) -> StatusEr
 def _refusal(error: EndpointError, number: int, kind: type[StatusError] | None = None) -> StatusError:
     """Return what an HTTP transport would raise for an error response; *kind* is its class, None for the usual one."""
     body = compact(error.body)
-    return (kind or classify(read_failure(body.encode(), error.status)))(
+    kind = kind or _BY_STATUS.get(error.status) or classify(read_failure(body.encode(), error.status))
+    return kind(
         str(error),
         status=error.status,
         code=error.error["code"] or error.error["type"],

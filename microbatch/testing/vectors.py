@@ -36,7 +36,7 @@ _GRAM: Final = 3
 _OF_WORD: Final = 6
 _OF_SHORT_WORD: Final = 3  # of at most three letters, mostly articles and the like
 _OF_PAIR: Final = 2
-_OF_GRAM: Final = 2
+_OF_GRAM: Final = 3
 _OF_TEXT: Final = 1
 _COMMON_SHARE: Final = 0.1
 """Part of the squared length that vectors have in common, and so about the similarity of unrelated texts."""

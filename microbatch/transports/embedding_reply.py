@@ -19,7 +19,7 @@ import msgspec
 
 from microbatch.transports.error_parsing import read_fault
 from microbatch.transports.exchange import MAX_ERROR_BYTES
-from microbatch.transports.lenient import as_object, decode, first_of, is_array
+from microbatch.transports.lenient import as_object, decode, decode_body, first_of, is_array
 from microbatch.transports.reply_fields import read_prompt_usage
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class EmbeddingReader:
         fault: The error that the body has instead of vectors, or None.
         usage: The tokens that the endpoint reports, or None.
         model: The model that answered, or None.
-        in_base64: Whether a vector came in base64.
+        in_base64: Whether a vector came in base64, and could be read.
     """
 
     def __init__(self, body: bytearray) -> None:
@@ -84,7 +84,7 @@ class EmbeddingReader:
         self.model: str | None = None
         self._body = body
         self.in_base64: bool = False
-        self._in_numbers = False
+        self._answers = False  # whether there was a vector, readable or not
 
     def read(self) -> Iterator[None]:
         """Read the body, a vector for each step of the iterator; a reply of an unusual shape is read in one step."""
@@ -100,7 +100,7 @@ class EmbeddingReader:
             self.vectors.clear()  # it was cut, or was another list
         if not taken or (end and not self.vectors):
             self._take_whole()
-        if not (self.in_base64 or self._in_numbers) or self.fault is not None:
+        if not self._answers or self.fault is not None:
             self.vectors.clear()
         if not self.vectors and self.fault is None and len(self._body) <= MAX_ERROR_BYTES:
             self.fault = read_fault(bytes(self._body), 200, hollow=True)
@@ -140,7 +140,7 @@ class EmbeddingReader:
         value, index = element.embedding, read_index(element.index)
         if not isinstance(value, list):
             return index, self._vector(value)
-        self._in_numbers = True
+        self._answers = True
         return index, _finite(array("f", value))
 
     def _loose(self, element: Any) -> IndexedVector:
@@ -151,13 +151,12 @@ class EmbeddingReader:
         return read_index(fields.get("index")), self._vector(fields.get("embedding"))
 
     def _vector(self, value: Any) -> array[float] | None:
-        if isinstance(value, str):
-            self.in_base64 = True
-            return from_base64(value)
+        self._answers = self._answers or isinstance(value, str | list)
         if is_array(value):
-            self._in_numbers = True
             return from_numbers(value)
-        return None
+        vector = from_base64(value) if isinstance(value, str) else None
+        self.in_base64 = self.in_base64 or vector is not None
+        return vector
 
     def _take_frame(self, start: int, end: int) -> bool:
         """Read the reply without its list, which is in these bytes; return whether the list is the one that counts."""
@@ -175,7 +174,7 @@ class EmbeddingReader:
     def _take_whole(self) -> None:
         """Read a reply of an unusual shape."""
         try:
-            reply = decode(bytes(self._body), number=float)
+            reply = decode_body(bytes(self._body))
         except ValueError:
             return
         frame = _Frame(data=reply) if is_array(reply) else _frame_of(as_object(reply))
@@ -248,6 +247,6 @@ def _read_frame(raw: bytes) -> _Frame | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
-        return _frame_of(as_object(decode(raw, number=float)))
+        return _frame_of(as_object(decode_body(raw)))
     except ValueError:
         return None

@@ -86,7 +86,7 @@ class Encodings:
         self.answered = True
         if form.base64:
             form.entry.works |= in_base64
-            form.entry.refused = not in_base64
+            form.entry.refused = not form.entry.works
         elif form.doubt:
             form.entry.doubt += form.doubt
             form.entry.refused = form.entry.doubt >= _SURE
@@ -102,7 +102,7 @@ class Encodings:
             elif about is None and error.status != _NOT_FOUND and not form.entry.works:
                 self._doubtful[form.call] = _SURE
                 error.again = True
-        elif error.status == _INTERNAL and not form.entry.works:
+        elif error.status == _INTERNAL:
             self._doubtful[form.call] = 1  # sent again as a retry only, since the endpoint may be down
         return error
 

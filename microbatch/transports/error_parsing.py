@@ -75,6 +75,12 @@ _CONTEXT_TEXT: Final = re.compile(
     r"|\btoo many (?:input |prompt )?tokens\b|\breduce the length of (?:the |your )?(?:messages|prompt|input)|\bprompt \u8d85\u957f"
 )
 
+# llama.cpp's server, under a 500, of a text in a list: "input (992 tokens) is too large to process. increase the physical batch size",
+# "input prompt is too big compared to KV size".
+_TOO_LARGE_TEXT: Final = re.compile(
+    r"(?i)\binput\b.{0,40}\b(?:too large to process|too (?:big|large|long) compared to)\b"
+)
+
 # Codes of filters, without their underscores: OpenAI, Azure, DashScope (`DataInspectionFailed`), Volcengine
 # (`InputTextSensitiveContentDetected`), StepFun, Bedrock, Google (reasons for a block), MiniMax 1026 and 1027, Zhipu 1301,
 # Cloudflare's AI Gateway 2016 and 2017.
@@ -295,6 +301,8 @@ def classify(fault: Fault, prompt: str = "") -> type[StatusError]:
     """Return the class of the error tree that *fault* belongs to; *prompt* is what its message may quote."""
     status, words, message = fault.status, fault.words, fault.message
     if words & _CONTEXT or (status in _ABOUT_THE_REQUEST and _CONTEXT_TEXT.search(message)):
+        return ContextTooLong
+    if status == 500 and _TOO_LARGE_TEXT.search(message):  # noqa: PLR2004
         return ContextTooLong
     if _is_about_content(fault):
         return Filtered

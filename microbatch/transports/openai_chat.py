@@ -31,7 +31,13 @@ from microbatch.transports.attempt import Attempt
 from microbatch.transports.capabilities import Capabilities, Structured
 from microbatch.transports.chat_wire import can_stream, request_body
 from microbatch.transports.connection import Connection
-from microbatch.transports.credentials import credentials_digest, credentials_in, in_place_of, is_credential
+from microbatch.transports.credentials import (
+    credentials_digest,
+    credentials_in,
+    in_place_of,
+    is_credential,
+    lasting_digest,
+)
 from microbatch.transports.embeddings import EmbeddingAttempt, Encodings
 from microbatch.transports.embeddings import request_body as embeddings_body
 from microbatch.transports.http import FRAMING, Clock, checked, merged, requested, timed, without
@@ -179,6 +185,11 @@ class OpenAIChat:
         raise TypeError(
             "an OpenAIChat cannot be pickled or copied: it holds a key and connections; make one where it is used"
         )
+
+    @property
+    def account_digest(self) -> bytes:
+        """A digest of the credentials, in every process the same; a key from a function is not part of it."""
+        return lasting_digest([("authorization", self._key.fixed), *self._headers.items(), *self._query.items()])
 
     async def open(self) -> None:
         """Make the connection pool; `send` and `forward` do so themselves if necessary.

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
-from cities import MODEL, SYSTEM, TEXT, TYPED, City, messages, question
+from cities import EMBEDDER, MODEL, SYSTEM, TEXT, TYPED, VECTOR, City, messages, question
 
 KEY = "sk-of-these-tests"
 
@@ -367,6 +367,73 @@ def llama_predict(**options: Any) -> Callable[[Any, str, bool], Ask]:
     return make
 
 
+# --- embeddings
+
+
+def openai_embeddings(**options: Any) -> Callable[[Any, str, bool], Ask]:
+    def make(client: Any, _url: str, _direct: bool) -> Ask:
+        async def ask(number: int) -> Any:
+            return (await client.embeddings.create(model=EMBEDDER, input=question(number), **options)).data[0].embedding
+
+        return ask
+
+    return make
+
+
+def langchain_embeddings(client: Any, url: str, direct: bool) -> Ask:
+    from langchain_openai import OpenAIEmbeddings
+
+    given = {"async_client": client.embeddings} if direct else {}
+    # By default it sends arrays of tokens, which are not combined.
+    model = OpenAIEmbeddings(
+        model=EMBEDDER, base_url=url, api_key=KEY, max_retries=0, check_embedding_ctx_length=False, **given
+    )
+
+    async def ask(number: int) -> Any:
+        return (await model.aembed_documents([question(number)]))[0]
+
+    return ask
+
+
+def litellm_embeddings(client: Any, url: str, direct: bool) -> Ask:
+    import litellm
+
+    litellm.suppress_debug_info = True
+
+    async def ask(number: int) -> Any:
+        given = {"client": client} if direct else {"api_base": url, "api_key": KEY}
+        answer = await litellm.aembedding(model=f"openai/{EMBEDDER}", input=[question(number)], max_retries=0, **given)
+        return answer.data[0]["embedding"]
+
+    return ask
+
+
+def llama_embeddings(client: Any, url: str, direct: bool) -> Ask:
+    from llama_index.embeddings.openai import OpenAIEmbedding
+
+    model = OpenAIEmbedding(model=EMBEDDER, api_base=url, api_key=KEY, max_retries=0)
+    if direct:
+        model._aclient = client  # it takes none
+
+    async def ask(number: int) -> Any:
+        return await model.aget_text_embedding(question(number))
+
+    return ask
+
+
+def pydantic_ai_embeddings(client: Any, _url: str, _direct: bool) -> Ask:
+    from pydantic_ai import Embedder
+    from pydantic_ai.embeddings.openai import OpenAIEmbeddingModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    embedder = Embedder(OpenAIEmbeddingModel(EMBEDDER, provider=OpenAIProvider(openai_client=client)))
+
+    async def ask(number: int) -> Any:
+        return list((await embedder.embed_query(question(number))).embeddings[0])
+
+    return ask
+
+
 OPENAI = ("openai",)
 INSTRUCTOR = ("openai", "instructor")
 PYDANTIC_AI = ("openai", "pydantic_ai.models.openai")
@@ -374,6 +441,7 @@ LANGCHAIN = ("openai", "langchain_openai")
 LITELLM = ("openai", "litellm")
 LLAMA = ("openai", "llama_index.llms.openai")
 LLAMA_LIKE = ("openai", "llama_index.llms.openai_like")
+LLAMA_EMBEDDINGS = ("openai", "llama_index.embeddings.openai")
 
 CASES = (
     Case("openai", "create", TEXT, openai_text, OPENAI),
@@ -416,4 +484,10 @@ CASES = (
         LLAMA_LIKE,
     ),
     Case("llama-index", "OpenAILike, text", TYPED, llama_structured_llm(like=True), LLAMA_LIKE),
+    Case("openai", "embeddings", VECTOR, openai_embeddings(), OPENAI),
+    Case("openai", "embeddings, float", VECTOR, openai_embeddings(encoding_format="float"), OPENAI),
+    Case("langchain-openai", "OpenAIEmbeddings", VECTOR, langchain_embeddings, LANGCHAIN),
+    Case("litellm", "aembedding", VECTOR, litellm_embeddings, LITELLM),
+    Case("llama-index-embeddings", "OpenAIEmbedding", VECTOR, llama_embeddings, LLAMA_EMBEDDINGS),
+    Case("pydantic-ai", "Embedder", VECTOR, pydantic_ai_embeddings, PYDANTIC_AI),
 )

@@ -7,10 +7,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from microbatch.testing import embedded
+
 MODEL = "gpt-4.1-mini"
+EMBEDDER = "text-embedding-3-small"
 SYSTEM = "You are a geographer."
 TEXT = "text"
 TYPED = "typed"
+VECTOR = "vector"
 
 _NUMBER = re.compile(r"city has number (\d+)")
 
@@ -56,7 +60,13 @@ def model_answer(text: str, schema: dict[str, Any] | None) -> Any:
     return right_text(number) if schema is None else right_city(number).model_dump()
 
 
+def right_vector(number: int) -> list[float]:
+    return embedded(question(number), EMBEDDER).tolist()
+
+
 def is_right(answer: object, number: int, kind: str) -> bool:
+    if kind == VECTOR:
+        return answer == right_vector(number)
     if kind == TEXT:
         return answer == right_text(number)
     # Some frameworks add private attributes, by which equal models differ.

@@ -27,6 +27,7 @@ _PACKAGES = {
     "langchain-openai": ("langchain-openai",),
     "litellm": ("litellm",),
     "llama-index": ("llama-index-llms-openai", "llama-index-llms-openai-like"),
+    "llama-index-embeddings": ("llama-index-embeddings-openai",),
 }
 _NODE_VERSIONS = "ai 6.0, @ai-sdk/openai 3.0, @ai-sdk/openai-compatible 2.0"
 _HEAD = f"| framework | mode | {' | '.join(COLUMNS.values())} | versions |"

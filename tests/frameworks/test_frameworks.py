@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 from callers import CASES, KEY
-from cities import MODEL, TEXT, TYPED, City, is_right
+from cities import EMBEDDER, MODEL, TEXT, TYPED, City, is_right, question, right_vector
 from table import AI_SDK, CLIENT, GATEWAY, MOST_CALLS, NO_ANSWER, NOT_MEASURED, WRITE, cell, documented
 from tool_endpoint import ToolEndpoint
 
 import microbatch as mb
+from microbatch.accounting.tokens import load_encoding
 from microbatch.gateway import Gateway
 from microbatch.openai import AsyncOpenAI
 
@@ -99,6 +100,21 @@ async def test_a_framework_is_combined_by_a_client_of_ours(case, record):
         async with AsyncOpenAI(mb.Microbatcher(transport, policy=POLICY, tokens="bytes")) as client:
             answers = await ask_all(case.make(client, endpoint.base_url, True))
         check(record, endpoint, case.name, CLIENT, answers, case.answers)
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_langchain_sends_tokens_by_default_which_go_alone(direct, monkeypatch):
+    tiktoken = pytest.importorskip("tiktoken")
+    package = pytest.importorskip("langchain_openai", reason="needs langchain_openai")
+    monkeypatch.setattr(tiktoken, "encoding_for_model", lambda _name: load_encoding("cl100k_base"))
+    async with gateway() as (endpoint, served):
+        transport = mb.OpenAIChat(base_url=endpoint.base_url, api_key=KEY)
+        async with AsyncOpenAI(mb.Microbatcher(transport, policy=POLICY, tokens="bytes")) as client:
+            more = {"async_client": client.embeddings} if direct else {}
+            embedder = package.OpenAIEmbeddings(model=EMBEDDER, base_url=served.base_url, api_key=KEY, **more)
+            answers = await ask_all(lambda number: embedder.aembed_query(question(number)))
+    assert answers == [right_vector(number) for number in range(CALLERS)]
+    assert endpoint.calls == CALLERS
 
 
 @pytest.mark.parametrize("mode", AI_SDK_MODES)

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import sqlite3
+import struct
 import sys
 import time
 from contextlib import closing
@@ -311,3 +312,24 @@ def test_an_age_has_a_unit(age, capsys):
         cache("c.sqlite", "delete", f"--older-than={age}")
     assert "90s, 30m, 12h, 7d or 2w" in capsys.readouterr().err
     assert len(names("c.sqlite")) == 5
+
+
+def test_vectors_are_shown_as_vectors(place, capsys):
+    vector = struct.pack("<3f", 0.5, -1.0, 123.0)
+    made = (key("v"), "", "embedder", time.time(), None, 2, 0, 0, vector, 5, entries.VECTOR_KIND, None)
+    broken = (key("w"), "", "embedder", time.time(), None, 2, 0, 0, b"{}{", 5, entries.VECTOR_KIND, None)
+
+    async def work(opened):
+        await opened.set_many([(each[0], entries.encode(entries.Entry(*each)), DAY) for each in (made, broken)])
+
+    with_cache(place, work)
+    assert cache(place, "inspect") == 0
+    shown = capsys.readouterr().out
+    assert "the vector of a text, 3 numbers" in shown
+    assert cache(place, "export") == 0
+    lines = {line["key"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert lines[key("v").hex()]["vector"] == [0.5, -1.0, 123.0]
+    assert lines[key("v").hex()]["body"] is None
+    assert "vector" not in lines[key("w").hex()]
+    assert cache(place, "stats") == 0
+    assert "0 answers of combined calls" in capsys.readouterr().out

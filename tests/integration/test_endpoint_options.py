@@ -518,7 +518,7 @@ def test_a_proxy_of_the_environment_that_cannot_be_used_is_named(monkeypatch: py
 # --- the command line
 
 WORDS = ["--structured", "none", "--first-timeout", "3", "--api-key-env", "LLM_KEY", "--max-header-bytes", "9000"]
-WORDS += ["--stream-options", '{"include_obfuscation": false}']
+WORDS += ["--stream-options", '{"include_obfuscation": false}', "--embedding-model", "text-embedding-3-small"]
 
 
 @pytest.mark.parametrize(
@@ -532,6 +532,7 @@ async def test_commands_have_the_same_options(command: str, monkeypatch: pytest.
     async with serving(Path("llm.sock")) as endpoint, contextlib.AsyncExitStack() as stack:
         if command == "serve":
             gateway = make_gateway(make_parser().parse_args([*words, "--port", "0", "--upstream", "http://llm/v1"]))
+            made: Any = gateway.batcher._parts.settings.transport
             await gateway.open()
             stack.push_async_callback(gateway.aclose)
             transport = await stack.enter_async_context(chat(endpoint, base_url=gateway.base_url))
@@ -542,6 +543,7 @@ async def test_commands_have_the_same_options(command: str, monkeypatch: pytest.
             assert made._stream_options == {"include_usage": True, "include_obfuscation": False}
             assert made._first_timeout == 3.0
             transport = made
+        assert made.embedding_model == "text-embedding-3-small"
         await ask(transport, schema=None if command == "serve" else SCHEMA)
     assert endpoint.keys == ["secret"]
     assert "response_format" not in endpoint.bodies[0]

@@ -145,7 +145,7 @@ async def test_a_function_is_asked_for_another_key_when_one_is_refused():
 
 
 @OWN_KEYS
-async def test_with_the_gateways_key_only_chat_and_models_are_served(own):
+async def test_with_the_gateways_key_only_chat_embeddings_and_models_are_served(own):
     async with recorder() as upstream, gateway(upstream.url, api_key=own) as served, aiohttp.ClientSession() as session:
 
         async def send(method, path, **options):
@@ -157,13 +157,15 @@ async def test_with_the_gateways_key_only_chat_and_models_are_served(own):
         assert await send(
             "POST", "/chat/completions", json={"stream": True, "n": 2, "model": "m", "messages": ask("x")}
         )
+        assert await send("POST", "/embeddings", json={"model": "m", "input": [1, 2]}) == 203
         for method, path in [
             ("POST", "/files"),
             ("DELETE", "/files/f-1"),
             ("DELETE", "/models/m"),
             ("GET", "/files"),
             ("POST", "/models"),
-            ("POST", "/embeddings"),
+            ("GET", "/embeddings"),
+            ("POST", "/embeddings/x"),
             ("PUT", "/chat/completions"),
             ("GET", "/chat/completions"),
             ("GET", "/models/%2e%2e/files"),
@@ -175,7 +177,7 @@ async def test_with_the_gateways_key_only_chat_and_models_are_served(own):
         # With a key of one's own, everything is.
         assert await send("DELETE", "/files/f-1", headers={"Authorization": "Bearer theirs"}) == 203
     keys = [request[2].get("Authorization") for request in upstream.requests]
-    assert keys == [f"Bearer {OWN}"] * 3 + ["Bearer theirs"]
+    assert keys == [f"Bearer {OWN}"] * 4 + ["Bearer theirs"]
 
 
 @OWN_KEYS
@@ -372,7 +374,7 @@ async def test_keys_are_in_no_log_no_repr_and_no_error(caplog, capfd):
     caplog.set_level(logging.DEBUG)
     canary = "sk-canary-0123456789abcdef"
     async with recorder() as upstream, gateway(upstream.url, api_key=OWN, retry=ONE_ATTEMPT) as served:
-        shown = [repr(served), repr(served._access), repr(served._chat), repr(served.batcher)]
+        shown = [repr(served), repr(served._access), repr(served._chat), repr(served._embeddings), repr(served.batcher)]
         answers = [
             await talk(served.port, sent)
             for sent in (

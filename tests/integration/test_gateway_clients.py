@@ -202,8 +202,21 @@ BODY = st.fixed_dictionaries(
         "metadata": JSON,
     },
 )
+TEXTS = st.text(max_size=8) | st.lists(st.text(max_size=8) | JSON, max_size=3) | JSON
+EMBEDDINGS_BODY = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": st.just("m") | JSON,
+        "input": TEXTS,
+        "dimensions": st.integers(1, 4) | JSON,
+        "encoding_format": st.sampled_from(["float", "base64"]) | JSON,
+        "user": st.just("u") | JSON,
+        "input_type": JSON,
+    },
+)
 RAW = (
     BODY.map(lambda body: json.dumps(body).encode())
+    | EMBEDDINGS_BODY.map(lambda body: json.dumps(body).encode())
     | JSON.map(lambda body: json.dumps(body).encode())
     | st.binary(max_size=60)
 )
@@ -237,6 +250,9 @@ PATHS = st.sampled_from(
     [
         "/v1/chat/completions",
         "/v1/chat/completions?x=1&%zz",
+        "/v1/embeddings",
+        "/v1/embeddings?x=1&%zz",
+        "/openai/deployments/d/embeddings?api-version=1",
         "/v1/models",
         "/v1/models/../files",
         "/v1/%2e%2e/x",
@@ -261,11 +277,17 @@ PATHS = st.sampled_from(
 METHODS = st.sampled_from(
     ["POST", "POST", "POST", "GET", "HEAD", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "X"]
 )
-AIMED = st.tuples(st.just("POST"), st.just("/v1/chat/completions"), RAW, st.just({"Content_Type": "application/json"}))
+AIMED = st.tuples(
+    st.just("POST"),
+    st.sampled_from(["/v1/chat/completions", "/v1/embeddings"]),
+    RAW,
+    st.just({"Content_Type": "application/json"}),
+)
 ODD = st.tuples(METHODS, PATHS, RAW, st.tuples(HEADERS, FRAMING).map(lambda pair: pair[0] | pair[1]))
 COMPLETIONS = "/v1/chat/completions"
 ANSWERABLE = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hello"}]}).encode()
 JSON_TYPE = {"Content_Type": "application/json"}
+EMBEDDABLE = json.dumps({"model": "m", "input": ["hello", "you"]}).encode()
 REQUESTS = AIMED | st.tuples(METHODS, PATHS, RAW, HEADERS) | ODD
 
 
@@ -298,6 +320,7 @@ def test_no_request_finds_a_500(caplog):
 
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
     @example(("POST", COMPLETIONS, ANSWERABLE, JSON_TYPE))
+    @example(("POST", "/v1/embeddings", EMBEDDABLE, JSON_TYPE))
     @example(("POST", COMPLETIONS, b"{", JSON_TYPE))
     @example(("GET", "/v1/files", b"", {}))
     @example(("GET", "/v2", b"", {}))

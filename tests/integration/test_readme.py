@@ -44,7 +44,8 @@ def environment(endpoint, tmp_path):
 async def test_python_blocks_run_as_they_stand(code, tmp_path):
     ray = "import ray" in code
     if ray and importlib.util.find_spec("ray") is None:
-        pytest.skip("ray is not installed")
+        complaint = pytest.fail if os.environ.get("MICROBATCH_REQUIRE_RAY") else pytest.skip
+        complaint("ray is not installed")
     if code.startswith(IN_NOTEBOOK):  # whose cells run on an event loop
         code = f"import asyncio\nasync def cell():\n    exec({code!r}, {{}})\nasyncio.run(cell())"
     async with SimulatedEndpoint() as endpoint:

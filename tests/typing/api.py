@@ -9,7 +9,7 @@ import msgspec
 import pydantic
 
 import microbatch as mb
-from microbatch.openai import AsyncOpenAI, AsyncStream, ChatCompletion
+from microbatch.openai import AsyncOpenAI, AsyncStream, ChatCompletion, CreateEmbeddingResponse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -166,6 +166,12 @@ async def like_the_sdk(batcher: mb.Microbatcher, messages: list[dict[str, str]],
     assert_type(
         await completions.create(model="m", messages=messages, stream=stream), ChatCompletion[None] | AsyncStream
     )
+    embedded = await client.embeddings.create(input=["a", "b"], model="m", encoding_format="float", priority="low")
+    assert_type(embedded, CreateEmbeddingResponse)
+    assert_type(embedded.data[0].embedding, list[float])
+    assert_type(embedded.usage.prompt_tokens, int)
+    await client.embeddings.create(input=[[1, 2], [3]], model="m", timeout=5)
+    await client.embeddings.create(input="a", encoding_format="int8")  # type: ignore[arg-type]
     await completions.create(messages=messages, priority="urgent")  # type: ignore[call-overload]
     await completions.parse(messages=messages, response_format=3)  # type: ignore[arg-type]
 

@@ -27,10 +27,13 @@ Please tell me how to delete my account|How do I delete my account?
 I lost my card, what do I do?|I have lost my card. What should I do?
 When will Anna arrive?|When is Anna arriving?
 Is “Blue” in stock?|Is "Blue" still in stock?
+Is ‘Blue’ in stock?|Is 'Blue' still in stock?
+How do I fly to La Paz?|How can I fly to La Paz
+Do I get his card here?|Do I get his card, please?
 Reset my password please|How do I reset my password?
 Where is order AB-12?|Hello, where is order AB-12 please?
 How do I top up my account?|How do I top-up my account?
-Is Mr. Smith here?|Is Mr. Smith still here
+Is Mr. Smith here?|Is Mr Smith still here
 It is what I need!|It is what I need
 """
 
@@ -46,7 +49,7 @@ What is 5% of it?|What is 5 of it?
 Give me ages 5-10 please|Give me ages 5-11 please
 What is -5 for you?|What is 5 for you?
 What is .5 for you?|What is 5 for you?
-Do I get 5! here|Do I get 5 here
+Do I get 5!|Do I get 5
 What is the second largest city?|What is the largest city?
 Is part iv the best?|Is part vi the best?
 I have ٥ cards, why?|I have ٦ cards, why?
@@ -78,6 +81,9 @@ Is the transfer reversible?|Is the transfer irreversible?
 Is it authorised?|Is it unauthorised?
 How do I connect it?|How do I disconnect it?
 Is it useful for me?|Is it useless for me?
+How do I avoid the fees?|How do I find the fees?
+Is it the bi-weekly one?|Is it the weekly one?
+Is she my ex-wife?|Is she my wife?
 I won't verify it|I can't verify it
 I can not verify it|I do not verify it
 Is my card not paid, and the fee charged?|Is my card paid, and the fee not charged?
@@ -98,9 +104,11 @@ Anna owes Bob money, how?|Bob owes Anna money, how?
 Paris hotels for the night|London hotels for the night
 Where is Mr. Smith?|Where is Mr. Jones?
 It is ok. Berlin is nice|It is ok. Munich is nice
+Did Mr. Smith meet Bob there, friend?|Did Bob meet Mr. Smith there?
+how do i say it in french|how do i say it in german
 Can you call the US for me?|Can you call the us for me?
 What was World War I|What was World War II
-Was King Henry I good?|Was King Henry good?
+Is it true that King Henry I did it?|Is it true that King Henry did it?
 Is plan A good?|Is plan B good?
 Alice left, but how? Bob is here|Bob left, but how? Alice is here
 """,
@@ -116,8 +124,11 @@ Is C++ good for this?|Is C# good for this?
 Is it a mistake 👍|Is it a mistake 👎
 Do I run it with -force?|Do I run it with force?
 What does __init__ do?|What does init do?
+What is 5 - 3 for you?|What is 5 3 for you?
 What is 5 * 3 for you?|What is 5 3 for you?
 How do I say no\u200bt there?|How do I say not there?
+Is the wh-blk one in stock?|Is the wh-wht one in stock?
+Do you have it for tv?|Do you have it for hdtv?
 Can I look at section b?|Can I look at section c?
 """,
     "urls": """
@@ -131,7 +142,9 @@ What is x = 1 for?|What is y = 1 for?
 What is {"a": 1} for?|What is {"b": 1} for?
 """,
     "order": """
-Can the buyer pay the seller?|Can the seller pay the buyer?
+Can the bank pay the shop?|Can the shop pay the bank?
+Why do I walk from berlin to paris?|Why do I ride from paris to berlin?
+Is the fee not paid, the card paid?|Is the fee paid, the card not paid?
 Why do cats chase dogs?|Why do dogs chase cats?
 How do I fly from berlin to paris?|how can i fly from paris to berlin
 Is it open before noon?|Is it open after noon?
@@ -170,6 +183,8 @@ Is it a debit card?|Is it a credit card?
 Is he here?|Is she here?
 Who is his father?|Who is his mother?
 Can I cancel it and start?|Can I start?
+Did my brother ask for his card?|Did his brother ask for my card?
+Can they see my card, and my PIN?|Can they see my card, and his PIN?
 Will it be charged?|Was it charged?
 Is it the red one?|Is it the blue one?
 Can I pay the fee?|Must I pay the fee?
@@ -179,6 +194,7 @@ Wie schalte ich das ein?|Wie schalte ich das aus?
 Warum ist meine Karte nicht da?|Warum ist meine Karte da?
 ¿Por qué no llega mi tarjeta?|¿Por qué llega mi tarjeta?
 Kartım neden gelmedi|Kartım neden geldi
+Why ist the card nicht here?|Why ist the card here?
 kartu saya datang|kartu saya tidak datang
 reset password|Reset password!
 """,

@@ -16,6 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Decision, Sampler, SamplingResult
 from opentelemetry.trace import SpanKind, StatusCode
 from two_minds import TwoMinds, ask_pairs, audited_batcher
+from vectors import VectorTransport
 
 import microbatch as mb
 from microbatch.testing import ScriptedTransport
@@ -433,3 +434,14 @@ async def test_audits_their_scores_and_their_decisions_are_counted():
     ((attributes, score),) = telescope.points("microbatch.audit.score")
     assert (attributes, score / 13) == (common, row.excess)
     assert telescope.points("microbatch.audit.decisions") == [({**common, "microbatch.audit.decision": "condemned"}, 1)]
+
+
+async def test_embeddings_are_an_operation_of_their_own():
+    telescope = Telescope()
+    async with telescope.batcher(VectorTransport()) as batcher:
+        await asyncio.gather(batcher.embed("one"), batcher.embed("two"))
+    (span,) = telescope.spans()
+    assert span.name == "embeddings embedder"
+    assert span.attributes["gen_ai.operation.name"] == "embeddings"
+    assert span.attributes["gen_ai.usage.input_tokens"] == 6
+    assert "gen_ai.request.stream" not in span.attributes
