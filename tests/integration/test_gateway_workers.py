@@ -101,6 +101,7 @@ async def ask_for(session, served, count, **headers):
     return await asyncio.gather(*map(one, range(count)))
 
 
+@pytest.mark.promise(of="workers")
 async def test_a_storm_loses_nothing_and_each_request_is_one_line(tmp_path):
     outcome = await storm(requests=400, clients=16, workers=2, folder=tmp_path)
     assert outcome.faults == []

@@ -42,6 +42,7 @@ class Outcome:
         seen: The status that clients saw, by id.
         logged: The lines of the access log: id and status.
         resent: Attempts that were sent again on another connection.
+        resent_for_reloads: Those of them before the gateway was stopped.
         refused: Attempts that were refused because the gateway was stopping.
         calls: Calls to the endpoint.
         statuses: Exit statuses of the gateway.
@@ -55,6 +56,7 @@ class Outcome:
     seen: dict[str, int] = field(default_factory=dict)
     logged: list[tuple[str, int]] = field(default_factory=list)
     resent: int = 0
+    resent_for_reloads: int = 0
     refused: int = 0
     calls: int = 0
     statuses: list[int] = field(default_factory=list)
@@ -163,6 +165,7 @@ async def storm(*, requests: int, clients: int, workers: int, folder: Path) -> O
                     log.rename(folder / f"access.{number}.jsonl")
                     served.process.send_signal(signal.SIGHUP)
                     await _said(served, b"Reloaded")
+                    outcome.resent_for_reloads = outcome.resent
                 await marks[2].wait()
                 served.process.send_signal(signal.SIGTERM)
                 status, _, said = await served.ended()
@@ -201,9 +204,10 @@ def main() -> int:
         outcome = asyncio.run(storm(**vars(options), folder=Path(folder)))
     faults = outcome.faults
     print(  # noqa: T201 the result
-        f"{outcome.answered:,} answered in {outcome.calls:,} calls, {len(outcome.wrong)} wrong; {outcome.refused:,} refused while "
-        f"stopping and asked again, {outcome.resent:,} sent again on another connection; {len(outcome.logged):,} lines in the log; "
-        f"{len(faults)} faults",
+        f"{outcome.answered:,} answered in {outcome.calls:,} calls, {len(outcome.wrong)} wrong; "
+        f"{outcome.refused:,} refused while stopping and asked again; "
+        f"{outcome.resent:,} sent again on another connection, {outcome.resent_for_reloads:,} of them because of reloads; "
+        f"{len(outcome.logged):,} lines in the log; {len(faults)} faults",
         *faults[:20],
         sep="\n  ",
     )

@@ -187,11 +187,15 @@ class Supervisor:
             present = self._team[number]
             if self._stopping or (present is not None and present.status is None):
                 return  # it has been replaced meanwhile
-            worker = self._team[number] = await self._start()
+            self._pauses += 1
+            try:
+                worker = self._team[number] = await self._start()
+            except OSError as error:  # too many processes, no memory
+                told = f"no worker can be started ({error.strerror})"
+                continue
             if await worker.settled():
                 self._note_change()
                 return
-            self._pauses += 1
             told = f"{worker} {_ended(await worker.ended())} before it served"
 
     async def replace_all(self) -> None:
@@ -208,7 +212,11 @@ class Supervisor:
         """Start a worker, and let the one at *number* retire if it serves; return whether it does."""
         if self._stopping:
             return False
-        worker = await self._start()
+        try:
+            worker = await self._start()
+        except OSError as error:
+            note(f"microbatch serve: no worker can be started: {error.strerror}")
+            return False
         if not await worker.settled():
             return False
         before, self._team[number] = self._team[number], worker
