@@ -296,6 +296,8 @@ async def test_workers_write_one_log_to_standard_output_without_torn_lines():
         (("--rpm", "1"), "--rpm 1 cannot be divided among 2 workers"),
         (("--upstream", "nowhere"), "--upstream must be an address"),
         (("--secret-file", "none"), "--secret-file none: "),
+        (("--access-log", "none/log"), "the access log none/log cannot be opened"),
+        (("--tls-cert", "none"), "the TLS file none cannot be read"),
         (("--workers", "0"), "must be a whole number of at least 1"),
     ],
 )

@@ -88,10 +88,8 @@ class Supervisor:
         if self._place.uds is not None:
             self._socket_made = identity(self._place.uds)
         try:
-            # One first: if a setting is wrong, it is told once.
-            await self._fill(0)
             async with asyncio.TaskGroup() as group:
-                for number in range(1, self._count):
+                for number in range(self._count):
                     group.create_task(self._fill(number))
         except BaseException as error:
             self.kill()
