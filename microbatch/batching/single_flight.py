@@ -150,6 +150,9 @@ class Settlement:
         permit = None if ticket.call is None else ticket.call.permit
         failure = None if permit is None else permit.error
         latest = "" if failure is None else f"; the latest attempt failed: {type(failure).__name__}: {failure}"
+        account = ticket.queue.account if ticket.queue is not None else None if permit is None else permit.account
+        if account is not None and account.trouble is not None:
+            latest += f"; {account.trouble}"
         self._end(
             ticket, waiter, DeadlineExceeded(f"no answer within the timeout of {waiter.deadline.timeout:g} s{latest}")
         )

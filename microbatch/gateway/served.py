@@ -144,7 +144,7 @@ class Served(msgspec.Struct, kw_only=True, eq=False):
 _KEY: Final = web.RequestKey("microbatch.served", Served)
 
 
-def begin(request: web.Request, *, page: bool) -> Served:
+def begin(request: web.BaseRequest, *, page: bool) -> Served:
     """Return the record of *request*, which has arrived; `served` finds it again."""
     given = request.headers.get(ID_HEADER, "")
     id_given = _ID.fullmatch(given) is not None and mask(given) == given
@@ -160,12 +160,12 @@ def begin(request: web.Request, *, page: bool) -> Served:
     return record
 
 
-def served(request: web.Request) -> Served:
+def served(request: web.BaseRequest) -> Served:
     """Return the record of *request*."""
     return request[_KEY]
 
 
-def is_recorded(request: web.Request) -> bool:
+def is_recorded(request: web.BaseRequest) -> bool:
     """Return whether *request* has a record."""
     return _KEY in request
 

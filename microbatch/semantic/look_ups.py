@@ -58,7 +58,7 @@ _HOLD: Final = 4.0
 """Requests are held for so many times as long as look-ups take, and at least for `_SHORTEST_HOLD` seconds."""
 
 _SHORTEST_HOLD: Final = 0.01
-_WEIGHT: Final = 0.1  # of the latest look-up in the mean
+_WEIGHT: Final = 0.1  # of the latest look-up, unless it took longer than those before
 
 
 class LookUp(msgspec.Struct, eq=False):
@@ -130,7 +130,7 @@ class LookUps:
         self.checks: Checks = checks
         self._trips: Coalescer[Ticket, None] = Coalescer(self._look_up_all)
         self._answered: Coalescer[Ticket, None] = Coalescer(self._add_all)
-        self._typical = 0.0  # seconds that a look-up takes
+        self._typical = 0.0  # seconds that look-ups have taken lately
         self._late = False  # whether the latest one took too long
         self._failed = False  # whether one has failed, which was logged
 
@@ -250,10 +250,15 @@ class LookUps:
     # --- look-ups
 
     async def _look_up_all(self, tickets: list[Ticket]) -> list[None]:
-        timer = asyncio.get_running_loop().call_later(self._patience, _release, tickets, context=NO_CONTEXT)
+        loop = asyncio.get_running_loop()
+        begun, timer = loop.time(), loop.call_later(self._patience, _release, tickets, context=NO_CONTEXT)
         try:
             await self._read_vectors(tickets)
-            await self._find([ticket for ticket in tickets if (found := _of(ticket)) and found.vector is not None])
+            read = [ticket for ticket in tickets if (found := _of(ticket)) and found.vector is not None]
+            await self._find(read)
+            if read:
+                took = loop.time() - begun
+                self._typical = max(took, self._typical + _WEIGHT * (took - self._typical))
         except Exception:
             logger.exception("a look-up failed in microbatch itself")
         finally:
@@ -283,8 +288,6 @@ class LookUps:
             else:
                 self._note_failure(looking, error)
             return
-        took = loop.time() - begun
-        self._typical += (took - self._typical) * _WEIGHT if self._typical else took
         self._late = False
         for number, (look_up, vector) in enumerate(zip(looking, vectors, strict=True)):
             partition = self._cache.index.get(look_up.partition)
