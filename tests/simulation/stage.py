@@ -80,9 +80,10 @@ class Stage:
         left = asyncio.all_tasks() - {asyncio.current_task()}
         self.leftover += sorted(f"task {task.get_name()} {task.get_coro().__qualname__}" for task in left)
         timers = {timer._callback for timer in self.loop._scheduled if not timer._cancelled}
-        # That of a call whose usage was waited for does nothing, once the call is over.
+        # That of a call whose usage was waited for does nothing, once the call is over; an answer that was stored is forgotten soon.
         names = {timer.__qualname__ for timer in timers if str(timer.__module__).startswith("microbatch")} - {
-            "Exchange._stop"
+            "AnswerCache._forget",
+            "Exchange._stop",
         }
         self.leftover += sorted(f"timer {name}" for name in names)
 
