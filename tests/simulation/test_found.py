@@ -97,3 +97,16 @@ def test_each_relayed_request_that_waits_when_the_batcher_closes_gets_an_error_o
         assert not mixed_invariants.breaches(world)
         errors = [caller.error for caller in world.callers if isinstance(caller.error, mb.ShutDown)]
         assert len({id(error) for error in errors}) == len(errors) >= 3
+
+
+def test_usage_is_conserved_when_embed_many_fails_after_a_text_whose_last_call_reports_nothing():
+    texts = tuple(f"vector here cook {topic}" for topic in ("apples", "pears", "plums"))
+    world = mixed_world.play(
+        mixed(
+            calls=[Call(what="embed_many", texts=texts)],
+            embeds=[Fault("wrong_index"), Fault(usage=False), Fault("bad_request")],
+        )
+    )
+    assert not mixed_invariants.breaches(world)
+    assert isinstance(world.callers[0].error, mb.BadRequest)
+    assert world.stats[0].unclaimed.prompt_tokens == world.upstream.others[0].reported.prompt_tokens
