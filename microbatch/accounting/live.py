@@ -50,8 +50,8 @@ class LiveState(msgspec.Struct):
         """Add the figures of another process."""
         self.started = min(self.started, other.started)
         self.complete_from = max(self.complete_from, other.complete_from)
-        self.latencies = self.latencies + other.latencies
-        self.calls = self.calls + other.calls
+        self.latencies = _latest(self.latencies + other.latencies)
+        self.calls = _latest(self.calls + other.calls)
         self.sizes = list(map(add, self.sizes, other.sizes))
         self.routes = dict(Counter(self.routes) + Counter(other.routes))
         self.errors = dict(Counter(self.errors) + Counter(other.errors))
@@ -130,6 +130,12 @@ class LiveFigures:
     def snapshot(self) -> dict[str, Any]:
         """Return the figures as they are now, see `LiveState.shown`."""
         return self.state().shown(self._now())
+
+
+def _latest(kept: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return those of the last minute before the latest one: of processes that have ended, nothing older is needed."""
+    start = max((when for when, _ in kept), default=0.0) - WINDOW
+    return [pair for pair in kept if pair[0] >= start]
 
 
 def _since(start: float, kept: Iterable[tuple[float, float]]) -> list[float]:

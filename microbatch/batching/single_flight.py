@@ -185,7 +185,7 @@ class Settlement:
             self._ledger.answered -= 1
             self._ledger.cancelled += 1
             if ticket.call is not None and ticket.call.ended:
-                _give_up_share(ticket, waiter, self._ledger)
+                give_up_share(ticket, waiter, self._ledger)
             else:
                 ticket.remember().unclaimed.append(waiter)
 
@@ -253,12 +253,12 @@ def finish_cost(ticket: Ticket, ledger: Ledger) -> None:
     past = ticket.past
     if past is not None and past.unclaimed:
         for waiter in past.unclaimed:
-            _give_up_share(ticket, waiter, ledger)
+            give_up_share(ticket, waiter, ledger)
         past.unclaimed = []
 
 
-def _give_up_share(ticket: Ticket, waiter: Waiter, ledger: Ledger) -> None:
-    """Count the share of *waiter*, which left after its answer, as unclaimed."""
+def give_up_share(ticket: Ticket, waiter: Waiter, ledger: Ledger) -> None:
+    """Count the share of *waiter*, which does not take its answer, as unclaimed."""
     reply = waiter.own_reply
     if reply is None:
         return

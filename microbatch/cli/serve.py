@@ -66,7 +66,7 @@ from microbatch.cli.workers.supervisor import Supervisor
 from microbatch.cli.workers.work import Work, sockets_of_worker
 from microbatch.errors import ConfigError
 from microbatch.gateway.access import is_loopback
-from microbatch.gateway.access_log import STDOUT
+from microbatch.gateway.access_log import STDOUT, check_log
 from microbatch.gateway.errors import in_flags
 from microbatch.gateway.place import Place
 from microbatch.gateway.server import Gateway
@@ -301,15 +301,25 @@ async def _wait(args: argparse.Namespace, base_url: str, stopped: asyncio.Event)
 
 
 def _check_workers(args: argparse.Namespace) -> None:
-    """Raise `UsageError` if several workers cannot keep to the settings together."""
+    """Raise `UsageError` or `ConfigError` if a setting is wrong, or cannot be kept by several workers together."""
     if not hasattr(socket, "send_fds"):
         raise UsageError("--workers needs a system on which processes can hand sockets to each other")
     if arguments.read_budget(args) is not None and args.budget_store is None:
         raise UsageError("--workers with a budget needs --budget-store: each worker would have a budget of its own")
-    for name in ("rpm", "tpm"):
-        limit = getattr(args, name)
-        if limit is not None and limit < args.workers:
+    for name, limit in _divided_limits(args).items():
+        if limit < args.workers:
             raise UsageError(f"--{name} {limit} cannot be divided among {args.workers} workers")
+    log = _read_access_log(args)
+    if log is not None:
+        check_log(log)
+    make_gateway(argparse.Namespace(**{**vars(args), "access_log": _NO_LOG}))
+
+
+def _divided_limits(args: argparse.Namespace) -> dict[str, int]:
+    """Return the limits that are divided among workers, because no store holds what they have used."""
+    if args.workers == 1 or args.limit_store is not None:
+        return {}
+    return {name: getattr(args, name) for name in ("rpm", "tpm") if getattr(args, name) is not None}
 
 
 def _introduce(args: argparse.Namespace, base_url: str) -> None:
@@ -318,10 +328,10 @@ def _introduce(args: argparse.Namespace, base_url: str) -> None:
     where = "there" if args.uds is None else f"on {args.uds}"
     by = f" with {args.workers} workers" if args.workers > 1 else ""
     note(f"The gateway to {args.upstream} listens {where}{by}. Ctrl-C ends it.")
-    for name in ("rpm", "tpm"):
-        limit = getattr(args, name)
-        if limit is not None and args.workers > 1:
-            note(f"--{name} {limit} is divided: {limit / args.workers:,.0f} for each worker.")
+    for name, limit in _divided_limits(args).items():
+        note(
+            f"--{name} {limit} is divided: {limit // args.workers:,} for each worker; --limit-store shares it as a whole."
+        )
     if lacks_version(args.upstream):
         note("--upstream has no version in its path: most APIs are at an address that ends in /v1.")
     if not args.no_own_key and (args.api_key_command or args.api_key_env or os.environ.get("OPENAI_API_KEY")):

@@ -149,6 +149,13 @@ class AccessLog:
             self._file = opened
 
 
+def check_log(path: str) -> None:
+    """Raise `ConfigError` if there can be no access log at *path*."""
+    opened = _open(path)
+    if opened is not None:
+        os.close(opened)
+
+
 def _most_at_once(file: int | None) -> int:
     """Return how many bytes a write may have so that no other process' come between them."""
     regular = file is None or stat.S_ISREG(os.fstat(file).st_mode)

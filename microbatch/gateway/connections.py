@@ -181,12 +181,13 @@ class Connections:
                 self.on_close()
 
     async def all_closed(self, patience: float) -> None:
-        """Wait until there are none, for at most *patience* seconds; then close the idle ones, and others when answered."""
+        """Wait until there are none; after *patience* seconds close the idle ones, and each of the others when it is answered."""
         with suppress(TimeoutError):
             async with asyncio.timeout(patience):
                 await self._none_left.wait()
         if self._runner is not None and self._runner.server is not None:
             self._runner.server.pre_shutdown()
+        await self._none_left.wait()
 
     async def close(self) -> None:
         """Stop listening, close the connections when they have been answered, and end the application."""

@@ -294,14 +294,18 @@ class Gateway:
         Args:
             grace: Seconds to wait for answers, after which the remaining requests fail. None waits as long as their deadlines allow.
         """
+        await self.drain(grace)
+        await self.connections.close()
+
+    async def drain(self, grace: float | None) -> None:
+        """Take no more requests and answer those under way, as `aclose` does, but go on refusing what comes."""
         self._life.draining = True
         await self.batcher.aclose(grace)
-        await self.connections.close()
 
     async def retire(self, patience: float) -> None:
         """Serve what comes on the connections there are, and close each after an answer; no further ones may be added.
 
-        Return when there are none left, at the latest after *patience* seconds, when idle ones are closed.
+        Return when there are none left. Idle ones are closed after *patience* seconds.
         """
         self._life.retiring = True
         await self.connections.all_closed(patience)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import re
@@ -173,8 +174,12 @@ async def test_each_request_is_a_line_without_texts_and_keys(tmp_path):
         assert line["cost_usd"] > 0
         assert not line["estimated"]
         assert datetime.fromisoformat(line["time"]) <= datetime.now(UTC)
-    assert sum(line.get("cost_usd", 0.0) for line in written.values()) == pytest.approx(cost_usd)
-    assert (written["alone"]["route"], written["alone"]["status"]) == ("forward", 200)
+    submitted = [line for line in written.values() if line["route"] != "forward"]
+    assert sum(line["cost_usd"] for line in submitted) == pytest.approx(cost_usd)
+    alone = written["alone"]
+    assert (alone["route"], alone["status"]) == ("forward", 200)
+    assert alone["cost_usd"] == pytest.approx((2.0 * alone["prompt_tokens"] + 8.0 * alone["completion_tokens"]) / 1e6)
+    assert alone["prompt_tokens"] > 0
     assert written["streamed"]["route"] == "single"
     assert len({line["tenant"] for line in written.values()}) == 1
     text = log.read_text("utf-8")
@@ -195,6 +200,28 @@ async def test_a_line_has_the_cost_that_is_known_when_the_call_has_ended(tmp_pat
     assert sum(line["prompt_tokens"] for line in written) == stats.prompt_tokens
     assert sum(line["completion_tokens"] for line in written) == stats.completion_tokens
     assert sum(line["cost_usd"] for line in written) == pytest.approx(stats.cost_usd)
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+@pytest.mark.parametrize("reported", [True, False])
+async def test_a_relayed_stream_has_the_tokens_that_the_endpoint_reports(reported, encoding, tmp_path):
+    log = tmp_path / "access.jsonl"
+    usage = b'"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}' if reported else b'"usage":null'
+
+    async def answer(_request):
+        body = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}],' + usage + b"}\n\ndata: [DONE]\n\n"
+        coded = gzip.compress(body) if encoding == "gzip" else body
+        return web.Response(body=coded, headers={"Content-Type": "text/event-stream", "Content-Encoding": encoding})
+
+    async with recorder() as upstream:
+        upstream.answer = answer
+        async with gateway(upstream.url, access_log=str(log), prices=PRICES) as served, ClientSession() as session:
+            await Client(served, session).post(chat(n=2, stream=True))
+    (line,) = lines(log)
+    assert line["route"] == "forward"
+    assert line.get("prompt_tokens") == (7 if reported else None)
+    if reported:
+        assert line["cost_usd"] == pytest.approx((7 * 2.0 + 3 * 8.0) / 1e6)
 
 
 EDGE = {

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
+import os
+import pty
 import signal
 import socket
 import stat
+import sys
+import termios
 
 import pytest
 from aiohttp import ClientSession, ClientSSLError, TCPConnector, UnixConnector
@@ -326,6 +331,31 @@ async def test_a_hangup_reads_prices_and_keys_again_and_loses_nothing(tmp_path):
     assert [key for key, _ in upstream.heard] == [
         f"Bearer {key}" for key in ("sk-old", "sk-old", "second", "first", "sk-new")
     ]
+
+
+@pytest.mark.slow
+async def test_the_end_of_its_terminal_ends_it():
+    terminal, end = pty.openpty()
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(end, termios.TIOCSCTTY, 0)
+
+    async with Watched() as upstream, asyncio.timeout(PATIENCE):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "microbatch", "serve", "--upstream", upstream.base_url, "--port", "0"),
+            stdin=end,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            preexec_fn=take_terminal,
+        )
+        assert await process.stdout.readline()
+        os.close(end)
+        os.close(terminal)
+        _, told = await process.communicate()
+    assert process.returncode == 0
+    assert b"Stopping" in told
+    assert b"eloaded" not in told
 
 
 async def test_connections_that_another_process_accepted_are_served(tmp_path):

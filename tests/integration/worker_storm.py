@@ -42,11 +42,13 @@ class Outcome:
         seen: The status that clients saw, by id.
         logged: The lines of the access log: id and status.
         resent: Attempts that were sent again on another connection.
+        resent_for_reloads: Those of them before the gateway was stopped.
         refused: Attempts that were refused because the gateway was stopping.
         calls: Calls to the endpoint.
         statuses: Exit statuses of the gateway.
         counted: Answered requests by the figures of the last gateway.
         after: Requests that it has answered, as clients saw them.
+        said: What the gateways wrote to stderr in the end.
     """
 
     answered: int = 0
@@ -54,11 +56,13 @@ class Outcome:
     seen: dict[str, int] = field(default_factory=dict)
     logged: list[tuple[str, int]] = field(default_factory=list)
     resent: int = 0
+    resent_for_reloads: int = 0
     refused: int = 0
     calls: int = 0
     statuses: list[int] = field(default_factory=list)
     counted: int = 0
     after: int = 0
+    said: list[str] = field(default_factory=list)
 
     @property
     def faults(self) -> list[str]:
@@ -131,7 +135,6 @@ async def _said(served, word: bytes) -> None:
     """Wait until the gateway has written a line with *word* to stderr."""
     async with asyncio.timeout(120):
         while word not in (line := await served.process.stderr.readline()):
-            print(line.decode(), end="", file=sys.stderr)
             assert line, "it has ended"
 
 
@@ -162,11 +165,12 @@ async def storm(*, requests: int, clients: int, workers: int, folder: Path) -> O
                     log.rename(folder / f"access.{number}.jsonl")
                     served.process.send_signal(signal.SIGHUP)
                     await _said(served, b"Reloaded")
+                    outcome.resent_for_reloads = outcome.resent
                 await marks[2].wait()
                 served.process.send_signal(signal.SIGTERM)
                 status, _, said = await served.ended()
                 outcome.statuses.append(status)
-                print(said, file=sys.stderr)
+                outcome.said.append(said)
                 outcome.after = 0
                 served = await first.enter_async_context(serve(*flags, "--port", str(served.port)))
                 crowd.enough.set()
@@ -178,12 +182,15 @@ async def storm(*, requests: int, clients: int, workers: int, folder: Path) -> O
             served.stop()
             status, _, said = await served.ended()
             outcome.statuses.append(status)
-            print(said, file=sys.stderr)
+            outcome.said.append(said)
         outcome.calls = upstream.calls
-    for path in folder.glob("access*.jsonl"):
-        lines = map(json.loads, path.read_text("utf-8").splitlines())
-        outcome.logged += [(line["id"], line["status"]) for line in lines]
+    outcome.logged = _logged(folder)
     return outcome
+
+
+def _logged(folder: Path) -> list[tuple[str, int]]:
+    lines = [line for path in folder.glob("access*.jsonl") for line in path.read_text("utf-8").splitlines()]
+    return [(line["id"], line["status"]) for line in map(json.loads, lines)]
 
 
 def main() -> int:
@@ -196,13 +203,14 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         outcome = asyncio.run(storm(**vars(options), folder=Path(folder)))
     faults = outcome.faults
-    print(
-        f"{outcome.answered:,} answered in {outcome.calls:,} calls, {len(outcome.wrong)} wrong; {outcome.refused:,} refused while stopping "
-        f"and asked again, {outcome.resent:,} sent again on another connection; {len(outcome.logged):,} lines in the log; "
-        f"{len(faults)} faults"
+    print(  # noqa: T201 the result
+        f"{outcome.answered:,} answered in {outcome.calls:,} calls, {len(outcome.wrong)} wrong; "
+        f"{outcome.refused:,} refused while stopping and asked again; "
+        f"{outcome.resent:,} sent again on another connection, {outcome.resent_for_reloads:,} of them because of reloads; "
+        f"{len(outcome.logged):,} lines in the log; {len(faults)} faults",
+        *faults[:20],
+        sep="\n  ",
     )
-    for fault in faults[:20]:
-        print(f"  {fault}")
     return 1 if faults or outcome.answered < options.requests else 0
 
 

@@ -32,9 +32,10 @@ class Up(msgspec.Struct, tag=True):
 
 
 class Ask(msgspec.Struct, tag=True):
-    """To a worker: it is to report. From a worker: it wants the reports of all others."""
+    """To a worker: it is to report. From a worker, with its own report: it wants those of all others."""
 
     number: int
+    report: Report | None = None
 
 
 class Reports(msgspec.Struct, tag=True):
@@ -49,7 +50,15 @@ class Retire(msgspec.Struct, tag=True):
 
 
 class Drain(msgspec.Struct, tag=True):
-    """To a worker: it is to take no more requests, answer those under way, and end."""
+    """To a worker: it is to take no more requests, and to answer those under way."""
+
+
+class End(msgspec.Struct, tag=True):
+    """To a worker that has drained: it is to end."""
+
+
+class Drained(msgspec.Struct, tag=True):
+    """From a worker: no request is under way any more; until it is told to end it refuses what comes."""
 
 
 class Ready(msgspec.Struct, tag=True):
@@ -60,7 +69,7 @@ class Leaving(msgspec.Struct, tag=True):
     """From a worker: it was told to end by a signal, and wants to retire."""
 
 
-Message = Hello | Up | Ask | Reports | Retire | Drain | Ready | Leaving
+Message = Hello | Up | Ask | Reports | Retire | Drain | End | Ready | Leaving | Drained
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final[msgspec.msgpack.Decoder[Message]] = msgspec.msgpack.Decoder(Message)

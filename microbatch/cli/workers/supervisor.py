@@ -88,14 +88,12 @@ class Supervisor:
         if self._place.uds is not None:
             self._socket_made = identity(self._place.uds)
         try:
-            # One first: if a setting is wrong, it is told once.
-            await self._fill(0)
             async with asyncio.TaskGroup() as group:
-                for number in range(1, self._count):
+                for number in range(self._count):
                     group.create_task(self._fill(number))
         except BaseException as error:
             self.kill()
-            await self._all_ended(ENDING)
+            await self._all_ended()
             self._close_sockets()
             if isinstance(error, BaseExceptionGroup):
                 raise error.exceptions[0] from None
@@ -110,24 +108,30 @@ class Supervisor:
         self._note_change()
 
     async def aclose(self) -> None:
-        """Let all workers answer what is under way; meanwhile they refuse what comes."""
+        """Let all workers answer what is under way; until the last one has, they refuse what comes."""
         self._stopping = True
         for worker in self._workers:
             worker.drain()
-        await self._all_ended(self._grace + ENDING)
-        self._accept(wanted=False)
+        await self._all([worker.drained() for worker in self._workers], self._grace + ENDING)
+        for worker in self._workers:
+            worker.end()
+        await self._all_ended()
         self._close_sockets()
         for task in self._tasks:
             task.cancel()
 
-    async def _all_ended(self, patience: float) -> None:
-        if self._workers:
-            loop = asyncio.get_running_loop()
-            waiting = [loop.create_task(worker.ended()) for worker in self._workers]
-            _, late = await asyncio.wait(waiting, timeout=patience)
-            if late:
-                self.kill()
-                await asyncio.wait(late)
+    async def _all_ended(self) -> None:
+        await self._all([worker.ended() for worker in self._workers], ENDING)
+
+    async def _all(self, work: Sequence[Coroutine[Any, Any, Any]], patience: float) -> None:
+        """Wait for *work*; after *patience* seconds kill the workers."""
+        if not work:
+            return
+        loop = asyncio.get_running_loop()
+        _, late = await asyncio.wait([loop.create_task(each) for each in work], timeout=patience)
+        if late:
+            self.kill()
+            await asyncio.wait(late)
 
     def kill(self) -> None:
         """End all workers at once."""
@@ -181,11 +185,15 @@ class Supervisor:
             present = self._team[number]
             if self._stopping or (present is not None and present.status is None):
                 return  # it has been replaced meanwhile
-            worker = self._team[number] = await self._start()
+            self._pauses += 1
+            try:
+                worker = self._team[number] = await self._start()
+            except OSError as error:  # too many processes, no memory
+                told = f"no worker can be started ({error.strerror})"
+                continue
             if await worker.settled():
                 self._note_change()
                 return
-            self._pauses += 1
             told = f"{worker} {_ended(await worker.ended())} before it served"
 
     async def replace_all(self) -> None:
@@ -202,7 +210,11 @@ class Supervisor:
         """Start a worker, and let the one at *number* retire if it serves; return whether it does."""
         if self._stopping:
             return False
-        worker = await self._start()
+        try:
+            worker = await self._start()
+        except OSError as error:
+            note(f"microbatch serve: no worker can be started: {error.strerror}")
+            return False
         if not await worker.settled():
             return False
         before, self._team[number] = self._team[number], worker

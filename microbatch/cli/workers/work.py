@@ -10,7 +10,19 @@ import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from microbatch.cli.workers.channel import Ask, Channel, Drain, Hello, Leaving, Ready, Reports, Retire, Up
+from microbatch.cli.workers.channel import (
+    Ask,
+    Channel,
+    Drain,
+    Drained,
+    End,
+    Hello,
+    Leaving,
+    Ready,
+    Reports,
+    Retire,
+    Up,
+)
 from microbatch.cli.workers.worker import CONNECTION, REPORT_SECONDS, VARIABLE
 from microbatch.gateway.crew import Crew
 
@@ -78,11 +90,14 @@ class Work:
         self._door.setblocking(False)
         loop.add_reader(self._door, self._take_in)
         self._channel.send(Ready())
-        orders: asyncio.Queue[Retire | Drain] = asyncio.Queue()
+        orders: asyncio.Queue[Retire | Drain | End] = asyncio.Queue()
         listening = loop.create_task(self._listen(received, orders))
         try:
-            if isinstance(await orders.get(), Retire):
-                await self._retire(orders)
+            if isinstance(await orders.get(), Drain) or not await self._retire(orders):
+                await gateway.drain(self._grace)
+                self._channel.send(Drained())
+                while not isinstance(await orders.get(), End):
+                    pass
             await gateway.aclose(self._grace)
         finally:
             loop.remove_reader(self._door)
@@ -91,7 +106,7 @@ class Work:
             listening.cancel()
             self._door.close()
 
-    async def _listen(self, received: AsyncGenerator[Message], orders: asyncio.Queue[Retire | Drain]) -> None:
+    async def _listen(self, received: AsyncGenerator[Message], orders: asyncio.Queue[Retire | Drain | End]) -> None:
         async for message in received:
             match message:
                 case Up(workers):
@@ -102,14 +117,15 @@ class Work:
                     asked = self._asked.get(number)
                     if asked is not None and not asked.done():
                         asked.set_result(reports)
-                case Retire() | Drain():
+                case Retire() | Drain() | End():
                     orders.put_nowait(message)
                 case _:
                     pass
-        orders.put_nowait(Drain())  # the supervisor has ended
+        for order in (Drain(), End()):  # the supervisor has ended
+            orders.put_nowait(order)
 
-    async def _retire(self, orders: asyncio.Queue[Retire | Drain]) -> None:
-        """Serve until the connections are closed, or there is another order."""
+    async def _retire(self, orders: asyncio.Queue[Retire | Drain | End]) -> bool:
+        """Serve until the connections are closed; return False if there was another order before."""
         loop = asyncio.get_running_loop()
 
         async def retire() -> None:
@@ -118,10 +134,12 @@ class Work:
                 await asyncio.wait(self._adding)
             await self._gateway.retire(min(PATIENCE, self._grace))
 
-        waiting = {loop.create_task(retire()), loop.create_task(orders.get())}
-        _, others = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        for task in others:
+        retiring, other = loop.create_task(retire()), loop.create_task(orders.get())
+        await asyncio.wait({retiring, other}, return_when=asyncio.FIRST_COMPLETED)
+        retired = retiring.done()
+        for task in (retiring, other):
             task.cancel()
+        return retired
 
     # --- connections
 
@@ -157,7 +175,7 @@ class Work:
         number = next(self._numbers)
         asked: asyncio.Future[list[Report]] = asyncio.get_running_loop().create_future()
         self._asked[number] = asked
-        self._channel.send(Ask(number))
+        self._channel.send(Ask(number, self._gateway.report()))
         try:
             async with asyncio.timeout(2 * REPORT_SECONDS):
                 return await asked

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final, Self
 
-from microbatch.cli.workers.channel import Ask, Channel, Drain, Hello, Leaving, Ready, Reports, Retire
+from microbatch.cli.workers.channel import Ask, Channel, Drain, Drained, End, Hello, Leaving, Ready, Reports, Retire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,6 +54,7 @@ class Worker:
         self._door = door
         self._asked: dict[int, asyncio.Future[None]] = {}
         self._settled = asyncio.Event()  # it serves, or has ended
+        self._drained = asyncio.Event()  # it has drained, or has ended
         loop = asyncio.get_running_loop()
         loop.add_reader(door, self._note_closed)
         self._listening = loop.create_task(self._listen())
@@ -96,6 +97,10 @@ class Worker:
         await self._settled.wait()
         return self.ready and self.status is None
 
+    async def drained(self) -> None:
+        """Wait until it has answered what was under way after `drain`, or has ended."""
+        await self._drained.wait()
+
     async def ended(self) -> int:
         """Wait until it has ended, and return the exit status."""
         await asyncio.shield(self._ended)
@@ -111,6 +116,7 @@ class Worker:
             if not asked.done():
                 asked.set_result(None)
         self._settled.set()
+        self._drained.set()
 
     async def _listen(self) -> None:
         async for message in self._channel.receive():
@@ -123,7 +129,11 @@ class Worker:
                     asked = self._asked.get(number)
                     if asked is not None and not asked.done():
                         asked.set_result(None)
+                case Drained():
+                    self._drained.set()
                 case Leaving() | Ask() if self.on_message is not None:
+                    if isinstance(message, Ask):
+                        self.report = message.report
                     self.on_message(self, message)
                 case _:
                     pass
@@ -174,8 +184,12 @@ class Worker:
         self._channel.send(Retire())
 
     def drain(self) -> None:
-        """Let it end when the requests under way are answered; meanwhile it refuses others."""
+        """Let it answer the requests under way; others it refuses, until it is told to end."""
         self._channel.send(Drain())
+
+    def end(self) -> None:
+        """Let it end after `drain`."""
+        self._channel.send(End())
 
     def kill(self) -> None:
         """End it at once."""
