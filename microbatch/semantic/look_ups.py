@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -403,8 +404,8 @@ def _of(ticket: Ticket) -> LookUp | None:
     return ticket.look_up if isinstance(ticket.look_up, LookUp) else None
 
 
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, dict) else getattr(message, "role", None)
+def _role(message: Any) -> object:
+    return message["role"] if isinstance(message, Mapping) and "role" in message else getattr(message, "role", None)
 
 
 def _matters(kind: KindEvidence, similarity: float) -> bool:
