@@ -1,6 +1,7 @@
 """`SemanticCache`: shadow, hits, walls between requests, and what governs the entries."""
 
 import asyncio
+import contextlib
 import logging
 
 import msgspec
@@ -393,6 +394,45 @@ async def test_an_answer_that_cannot_be_compared_is_not_handed_out_even_if_the_k
         transport._answer = lambda text: "MARSH " * 20
         assert await routes(batcher, "marsh", [900, 901]) == ["single", "single"]
         assert batcher.stats().similar[0].not_comparable == 1
+
+
+class Filtering(Naming):
+    """Refuses texts in which `forbidden` is found."""
+
+    forbidden = "nothing of the kind"
+
+    async def send(self, call, on_text):
+        if self.forbidden in call.messages[-1]["content"]:
+            raise mb.Filtered("this is not answered", status=400)
+        return await super().send(call, on_text)
+
+
+async def test_questions_that_the_endpoint_does_not_answer_are_evidence_against_their_neighbours():
+    transport = Filtering()
+    async with similar_batcher(transport) as batcher:
+        transport.forbidden = "hint"
+        for number in range(300):
+            with contextlib.suppress(mb.Filtered):
+                await batcher.submit(ask_about("amber", number))
+            await settled(batcher)
+        (kind,) = batcher.stats().similar
+        assert kind.state == "closed"
+        assert batcher.stats().similar_hits == 0
+
+
+async def test_a_hit_whose_question_is_not_answered_when_it_is_asked_again_was_wrong():
+    transport = Filtering()
+    async with similar_batcher(transport) as batcher:
+        await prove(batcher)
+        transport.forbidden = "amber"
+        for number in range(400):
+            with contextlib.suppress(mb.Filtered):
+                await batcher.submit(ask_about("amber", 500 + number))
+            await settled(batcher)
+            if batcher.stats().false_hits:
+                break
+        assert batcher.stats().false_hits == 1
+        assert batcher.stats().similar[0].state != "proven"
 
 
 async def test_same_that_fails_is_no_evidence_for_anything():
