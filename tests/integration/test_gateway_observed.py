@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import select
 from datetime import UTC, datetime
 
 import pytest
@@ -432,6 +433,43 @@ async def test_a_pipe_that_is_not_read_delays_nothing_and_what_it_lacks_is_count
         assert "lacks" in caplog.text
     finally:
         os.close(reading)
+
+
+async def test_lines_go_to_a_pipe_in_pieces_that_no_other_process_can_tear(tmp_path, monkeypatch):
+    path, written, write = tmp_path / "pipe", [], os.write
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        log = AccessLog(str(path))
+        monkeypatch.setattr(
+            "microbatch.gateway.access_log.os.write", lambda *args: written.append(args[1]) or write(*args)
+        )
+        for number in range(200):
+            log.write(
+                Served(id=f"{number}", id_given=True, method="POST", path="/" + "x" * number, began=0.0, status=200)
+            )
+        await log.aclose()
+    finally:
+        os.close(reading)
+    pieces = [bytes(piece) for piece in written]
+    assert all(len(piece) <= select.PIPE_BUF and piece.endswith(b"\n") for piece in pieces)
+    assert [json.loads(line)["id"] for line in b"".join(pieces).splitlines()] == [str(number) for number in range(200)]
+    assert len(pieces) < 100
+
+
+async def test_a_line_is_never_longer_than_such_a_piece(tmp_path):
+    log = AccessLog(str(tmp_path / "log"))
+    worst = "\0" * 300
+    fields = {
+        "model": worst,
+        "upstream_id": "é" * 300,
+        "tenant": worst,
+        "reason": "x" * 60,
+        "spent": (mb.Usage(1, 2), 0.1),
+    }
+    log.write(Served(id="x" * 128, id_given=True, method="P" * 300, path=worst, began=0.0, status=200, **fields))
+    await log.aclose()
+    assert len((tmp_path / "log").read_bytes()) <= select.PIPE_BUF
 
 
 async def test_a_log_that_is_closed_writes_nothing_more(tmp_path, capsys):

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -19,7 +18,8 @@ from helpers import ask
 from prometheus_client.parser import text_string_to_metric_families
 from worker_storm import storm
 
-from microbatch.cli.main import make_parser
+import microbatch
+from microbatch.cli.main import main, make_parser
 from microbatch.cli.plan import read_rate_limit
 from microbatch.testing import Latency
 
@@ -137,26 +137,31 @@ async def ready(session, served):
         return answer.status == 200
 
 
-async def test_a_worker_that_is_killed_is_replaced_and_its_figures_stay():
-    async with Watched() as upstream, workers(upstream) as served, fresh() as session:
+async def test_a_worker_that_is_killed_is_replaced_and_its_answers_and_figures_stay(tmp_path):
+    cache = ("--cache", str(tmp_path / "cache.sqlite"))
+    async with Watched() as upstream, workers(upstream, *cache) as served, fresh() as session:
         pid = served.process.pid
         await ask_for(session, served, 20)
-        assert (await figures(session, served))["answered"] == 20
+
+        async def all_are_stored():
+            return (await figures(session, served))["cache_stores"] == 20
+
+        await eventually(all_are_stored)
         first, second = children(pid)
         os.kill(first, signal.SIGKILL)
         await eventually(lambda: first not in children(pid))
-        # The other one serves meanwhile.
+        # The other one serves meanwhile, and knows what the first has answered.
         await ask_for(session, served, 20)
-        await eventually(lambda: len(children(pid)) == 2 and first not in children(pid))
+        await eventually(lambda: len(children(pid)) == 2)
         assert second in children(pid)
         await eventually(lambda: ready(session, served))
         stats = await figures(session, served)
-        assert (stats["answered"], stats["queued"], stats["in_flight"]) == (40, 0, 0)
+        assert (stats["answered"], stats["cache_hits"], stats["queued"], stats["in_flight"]) == (40, 20, 0, 0)
         served.stop()
-        code, _, told = await served.ended()
+        code, _, said = await served.ended()
     assert code == 0
-    assert f"worker {first} was ended by SIGKILL; another one starts" in told
-    assert "served 40 chat completions" in told
+    assert f"worker {first} was ended by SIGKILL; another one starts" in said
+    assert "served 40 chat completions" in said
 
 
 async def test_only_the_clients_of_a_killed_worker_notice():
@@ -298,14 +303,28 @@ async def test_workers_write_one_log_to_standard_output_without_torn_lines():
         (("--secret-file", "none"), "--secret-file none: "),
         (("--access-log", "none/log"), "the access log none/log cannot be opened"),
         (("--tls-cert", "none"), "the TLS file none cannot be read"),
-        (("--workers", "0"), "must be a whole number of at least 1"),
     ],
 )
-def test_wrong_settings_are_told_once_and_end_with_2(words, told, tmp_path):
-    command = [sys.executable, "-m", "microbatch", "serve", *NOWHERE, *words]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr.count(told) == 1
+def test_wrong_settings_are_told_once_and_end_with_2(words, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve", *NOWHERE, *words]) == 2
+    assert capsys.readouterr().err.count(told) == 1
+
+
+async def test_workers_take_no_modules_from_the_current_directory(tmp_path):
+    (tmp_path / "aiohttp.py").write_text("import pathlib; pathlib.Path('taken').touch()")
+    root = Path(microbatch.__file__).parent.parent
+    async with Watched() as upstream, asyncio.timeout(LONG):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "microbatch", "serve", *NOWHERE, "--upstream", upstream.base_url),
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(root)},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert await process.stdout.readline()
+        process.terminate()
+        assert await process.wait() == 0
+    assert not (tmp_path / "taken").exists()
 
 
 async def test_a_taken_port_is_told():
@@ -317,8 +336,8 @@ async def test_a_taken_port_is_told():
 
 async def test_a_limit_is_divided_and_that_is_told():
     async with Watched() as upstream, workers(upstream, "--rpm", "100", "--tpm", "2001") as served:
-        await told(served, "--rpm 100 is divided: 50 for each worker.")
-        await told(served, "--tpm 2001 is divided: 1,000 for each worker.")
+        await told(served, "--rpm 100 is divided: 50 for each worker")
+        await told(served, "--tpm 2001 is divided: 1,000 for each worker")
     args = make_parser().parse_args(["serve", "--rpm", "100"])
     assert read_rate_limit(args, processes=4).share == 0.25
     assert read_rate_limit(args).share == 1.0

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 VARIABLE: Final = "_MICROBATCH_WORKER"
 """The environment variable that holds the numbers of a worker's two sockets: for messages, and for connections."""
 
+_PATH_VARIABLE: Final = "_MICROBATCH_PATH"
+_PROGRAM: Final = (
+    f"import os, sys; sys.path[:] = os.environ.pop({_PATH_VARIABLE!r}).split(os.pathsep); "
+    "from microbatch.cli.main import main; sys.exit(main())"
+)
+"""What a worker runs: the command with the supervisor's modules, and none of the current directory, where `-m` would look first."""
+
 CONNECTION: Final = b"c"
 """The byte that goes with a connection; the worker sends one back when it has been closed."""
 
@@ -67,9 +74,13 @@ class Worker:
         door, their_door = socket.socketpair()
         with theirs, their_door:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "microbatch", *words),
+                *(sys.executable, "-P", "-c", _PROGRAM, *words),
                 stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, VARIABLE: f"{theirs.fileno()},{their_door.fileno()}"},
+                env={
+                    **os.environ,
+                    VARIABLE: f"{theirs.fileno()},{their_door.fileno()}",
+                    _PATH_VARIABLE: os.pathsep.join(sys.path),
+                },
                 pass_fds=(theirs.fileno(), their_door.fileno()),
                 start_new_session=True,  # the signals of a terminal are for the supervisor
             )
