@@ -16,8 +16,8 @@ import microbatch.semantic.look_ups as look_ups_module
 import microbatch.spending.spending as spending_module
 from microbatch.batching.attribution import UsageAttribution
 from microbatch.batching.engine import Engine
+from microbatch.batching.intake import Intake
 from microbatch.batching.lane_table import LaneTable
-from microbatch.batching.ticket import InFlightIndex
 from microbatch.caching.key import Keys
 from microbatch.embedding.vectors import VectorAnswer
 from microbatch.schema.answer_type import AnswerType
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 def nothing_shared():
-    """Equal requests under way do not find each other."""
-    return replaced(InFlightIndex, "get", lambda _: lambda index, name: None)
+    """Equal requests under way do not join each other."""
+    return replaced(Intake, "_join", lambda _: lambda intake, *args: False)
 
 
 def one_value_for_all():
