@@ -146,11 +146,16 @@ def answers_are_ones_own(world: MixedWorld) -> Iterator[str]:
                 for filler in sorted(FILLERS[call.tenant], key=len, reverse=True):
                     topic = topic.removesuffix(filler) if filler else topic
                 allowed = [right_output(topic + filler) for filler in FILLERS[call.tenant]]
-            partly = reply.finish_reason == "length" and reply.batch_size == 1
-            if reply.output not in allowed and not (partly and allowed[0].startswith(reply.output)):
+            if reply.output not in allowed and not _is_cut(reply, text):
                 yield f"{caller.number}, {text}, was answered {reply.output!r} by the way {reply.route}"
             if (reply.route == "similar") > ("similar" in world.scenario.parts):
                 yield f"{caller.number} was answered by the way {reply.route}"
+
+
+def _is_cut(reply: mb.Reply[Any], text: str) -> bool:
+    """Return whether *reply* is the beginning of the right one, cut short by its limit."""
+    alone = reply.finish_reason == "length" and reply.batch_size == 1
+    return alone and isinstance(reply.output, str) and right_output(text).startswith(reply.output)
 
 
 def outcomes_are_ones_own(world: MixedWorld) -> Iterator[str]:
@@ -423,9 +428,12 @@ def what_is_spooled_ends_once(world: MixedWorld) -> Iterator[str]:
         if row.state == "done" and not row.answers:
             yield f"{name} is done without an answer"
         for answer in row.answers[:1]:
-            reply = Answer.decode(answer).reply(str if caller.call.kind == "text" else type(right_output(text)))
-            short = reply.finish_reason == "length" and right_output(text).startswith(reply.output)
-            if reply.output != right_output(text) and not short:
+            try:
+                reply = Answer.decode(answer).reply(str if caller.call.kind == "text" else type(right_output(text)))
+            except mb.MalformedAnswer:
+                yield f"{name} was answered {answer!r}"
+                continue
+            if reply.output != right_output(text) and not _is_cut(reply, text):
                 yield f"{name} was answered {reply.output!r}"
         bad = row.lost + sum(attempt.how != "answered" or attempt.fault.kind != "ok" for attempt in carried[text])
         if row.state == "dead" and bad < Stage.ALONE + MAX_ALONE:

@@ -29,6 +29,7 @@ PARTS = {
 """Parts, and how many scenarios in a hundred have them."""
 
 TROUBLES = {
+    "alike": 0.6,
     "trouble": 0.6,
     "poison": 0.15,
     "cancel": 0.4,
@@ -37,6 +38,8 @@ TROUBLES = {
     "crowd": 0.2,
     "unreported": 0.2,
 }
+
+"""What happens in some of them; with "alike" all are of one tenant, priority and account, so that more goes together."""
 
 TOPICS = ("apples", "pears", "plums", "cherries", "figs", "grapes", "melons", "berries")
 FILLERS: dict[str | None, tuple[str, ...]] = {
@@ -173,10 +176,10 @@ def draw(random: Random) -> Mixed:
     )
     if "quota" in parts:
         quotas = (
-            {"tpm": 4_000},
+            {"tpm": 1_000},
+            {"tpm": 2_000},
             {"tpm": 8_000},
-            {"tpm": 30_000},
-            {"rpm": 6, "tpm": 12_000},
+            {"rpm": 6, "tpm": 4_000},
             {"rpm": 6},
             {"adaptive": True},
         )
@@ -250,7 +253,10 @@ def _draw_faults(random: Random, scenario: Mixed, parts: set[str], troubles: set
         ]
 
     scenario.faults = some(kinds, 10)
-    scenario.embeds = some([*VECTOR_TROUBLE, *VECTOR_TROUBLE, *ERRORS, "bad_request", "too_large"], 8)
+    lists = random.choices(
+        (*VECTOR_TROUBLE, "shuffled", "renumbered", random.choice(ERRORS), "bad_request", "too_large"), k=3
+    )
+    scenario.embeds = some(lists, 8)
     scenario.forwards = some(FORWARD_TROUBLE, 4)
     if "similar" in parts and random.random() < 0.6:
         scenario.look_ups = some(LOOK_UP_TROUBLE, 6)
@@ -261,15 +267,16 @@ def _draw_call(random: Random, parts: set[str], troubles: set[str], bursts: list
     kinds += ["embed", "embed", "embed_many"] if "vectors" in parts else []
     kinds += ["forward"] if "forward" in parts else []
     kinds += ["enqueue", "enqueue"] if "spool" in parts else []
+    alike = "alike" in troubles
     call = Call(
         at=random.choice(bursts) if random.random() < 0.6 else random.randint(0, 192) * TICK,
         what=random.choice(kinds),
         batcher=random.randint(0, 1) if "pair" in parts else 0,
-        kind=random.choice(("text", "text", "fact", "number")),
-        system=random.choice(("Shout.", "Shout.", "Whisper.")),
-        tenant=random.choice((None, None, "red", "blue")),
-        headers=random.choice(((), (), (), (("authorization", "Bearer one"),))),
-        priority=random.choice(("normal", "normal", "high", "low")),
+        kind=random.choice(("text", "text", "fact", "number") if not alike else ("text", "fact")),
+        system=random.choice(("Shout.", "Shout.", "Whisper.")) if not alike else "Shout.",
+        tenant=random.choice((None, None, "red", "blue")) if not alike or "similar" in parts else None,
+        headers=random.choice(((), (), (), (("authorization", "Bearer one"),))) if not alike else (),
+        priority=random.choice(("normal", "normal", "high", "low")) if not alike else "normal",
         pause=random.choice((0.0, TICK, 0.5)),
         charged=random.random() < 0.7,
     )

@@ -7,6 +7,7 @@ import itertools
 import json
 from dataclasses import dataclass, field
 from random import Random
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from simulation.memory_spool import Handle, MemorySpool
@@ -183,7 +184,10 @@ class MixedWorld(Stage):
             waiter.future.add_done_callback(lambda _: self._settled(caller))
 
         batcher._intake._note_accepted = watched
-        checks = parts.audits if parts.look_ups is None else parts.look_ups.checks
+        checks = parts.audits
+        if parts.look_ups is not None:
+            checks = parts.look_ups.checks
+            checks._draw = SimpleNamespace(random=lambda: self._letters.random() / 10)  # every second answer is checked
         if checks is not None:
             ask_again = checks._dispatcher.ask_again
 
