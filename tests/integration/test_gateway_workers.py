@@ -106,6 +106,7 @@ async def test_a_storm_loses_nothing_and_each_request_is_one_line(tmp_path):
     outcome = await storm(requests=400, clients=16, workers=2, folder=tmp_path)
     assert outcome.faults == []
     assert outcome.answered >= 400
+    assert outcome.resent_for_reloads == 0
     assert outcome.calls < outcome.answered
 
 
