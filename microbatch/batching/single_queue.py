@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from microbatch.batching.fair_queue import WaitQueue
     from microbatch.batching.ticket import AloneReason, FlushReason
+    from microbatch.errors import MicrobatchError
     from microbatch.transports.accounts import Account, Permit
 
 
@@ -103,11 +104,11 @@ class SingleQueue:
         waiting = (work for work, _ in self._waiting if work.queue is self and not work.done)
         return [work for work in waiting if isinstance(work, Ticket)]
 
-    def refuse_leases(self, error: Exception) -> None:
-        """Fail every lease that waits with *error*."""
+    def refuse_leases(self, error: MicrobatchError) -> None:
+        """Fail every lease that waits with an error object of its own, equal to *error*."""
         for work, _ in self._waiting:
             if isinstance(work, SlotLease):
-                work.refuse(error)
+                work.refuse(error.replica())
 
 
 class SingleQueues:

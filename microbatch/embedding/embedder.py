@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from microbatch.batching.single_flight import give_up_share
 from microbatch.batching.ticket import SHARED, UNSHARED, CallerOptions, FlushReason
 from microbatch.checking import as_seconds
 from microbatch.embedding.request import EmbeddingOptions, read_options, read_text
@@ -206,6 +207,9 @@ class _Run:
         self._caller = caller
         self._cache = embedder.cache if use_cache else None
         self._found: list[Embedding] = []
+        self._guessed: list[
+            tuple[Ticket, Waiter]
+        ] = []  # those of them whose usage is an estimate that holds exact shares
         self._pending: deque[tuple[Ticket, Waiter] | Embedding] = deque()  # of the texts after those, in order
 
     async def of(self, texts: Iterator[str]) -> list[Embedding]:
@@ -283,7 +287,10 @@ class _Run:
                 queue.flush(FlushReason.DRAIN)  # what could fill its list may wait for this text
             await asyncio.wait([first[1].future])
         first = self._pending.popleft()
-        self._found.append(first if isinstance(first, Embedding) else as_embedding(first[1].future.result()))
+        found = first if isinstance(first, Embedding) else as_embedding(first[1].future.result())
+        self._found.append(found)
+        if not isinstance(first, Embedding) and found.usage.estimated and first[0].past is not None:
+            self._guessed.append(first)
 
     def _flush(self) -> None:
         """Send what waits: nothing more comes for now."""
@@ -297,6 +304,8 @@ class _Run:
         for found in self._found:
             if not found.usage.estimated:
                 self._embedder.ledger.unclaimed += found.usage
+        for ticket, waiter in self._guessed:
+            give_up_share(ticket, waiter, self._embedder.ledger)
         for entry in self._pending:
             if not isinstance(entry, Embedding):
                 ticket, waiter = entry

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Ranked: TypeAlias = list[tuple[float, int]]
     """Similarities and rows, the most similar first."""
 
-_FIRST_BLOCK: Final = 64
+_FIRST_BLOCK: Final = 4  # many partitions, those of conversations, hold one entry
 _LARGEST_BLOCK: Final = 8_192
 _FREE: Final = -1  # the group of rows that are not in use
 _OTHER: Final = -2.0  # less than any similarity

@@ -31,10 +31,10 @@ HEARTBEAT: Final = 1.0
 RETRY: Final = 0.5
 """Seconds between contacts while the server cannot be reached."""
 
-LOST: Final = 4.0
+LOST: Final = 5.0
 """Seconds without contact after which the server is lost. Longer than `GAP` and a heartbeat: it then knows that there was an outage."""
 
-GAP: Final = 2.0
+GAP: Final = 3.0
 """Seconds without contact by any process after which the server takes it that there was an outage."""
 
 GRACE: Final = 2.0

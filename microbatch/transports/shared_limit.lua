@@ -12,8 +12,10 @@
 -- leave room for the oldest claim.
 --
 -- After an outage members may have spent what the server does not know of. Until all that were known are back, it is *unsettled*:
--- nothing is granted, and each contact gives a licence to go on for a moment as without the server. A new or emptied server does not
--- know whom to wait for: it waits a moment (`grace`) for members of old; if there are any, until all that it was not told is a window ago.
+-- nothing is granted, and each contact gives a licence to go on for a moment as without the server. One that is not back when its lease
+-- has ended is taken to have spent its part. If no member is back after a moment (`grace`), all of them ended before the outage. A new
+-- or emptied server does not know whom to wait for: it waits a moment for members of old; if there are any, until all that it was not
+-- told is a window ago.
 --
 -- Keys: state, members, log (slots by time), amounts (of the slots). Times are in ms. A limit of -1 is none.
 
@@ -57,8 +59,8 @@ local flat = redis.call('HGETALL', state_key)
 for i = 1, #flat, 2 do state[flat[i]] = tonumber(flat[i + 1]) or flat[i + 1] end
 
 local slots = redis.call('ZCARD', log_key)
-if #flat > 0 and (state.slots ~= slots or slots ~= redis.call('HLEN', amounts_key)
-    or state.members ~= redis.call('HLEN', members_key) or now < state.last - WINDOW) then
+if state.slots ~= slots or slots ~= redis.call('HLEN', amounts_key) or state.members ~= redis.call('HLEN', members_key)
+    or now < state.last - WINDOW then
   -- A part was evicted or deleted, or the clock was set back by far: nothing of it can be used.
   redis.call('DEL', state_key, members_key, log_key, amounts_key)
   state = {}
@@ -158,6 +160,18 @@ me.seen, me.seq, me.held, me.part, me.share = now, seq, held, told_part, told_sh
 -- It is back when it has been told of the outage before, and so has reported all of the last window again.
 if me.free >= state.round or state.mode == 'settled' then me.round = state.round end
 if not front then me.want, me.since = {0, 0}, 0 end
+
+if state.mode == 'gap' and state.back == 1 then
+  -- Those whose lease has ended since the outage have died, and may have spent their part before.
+  for id, m in pairs(members) do
+    if id ~= me_id and m.seen + LEASE <= now then
+      add(string.format('%s:gone:%.0f', id, state.round), now, math.floor(m.part * math.max(0, limit[1])),
+        math.floor(m.part * math.max(0, limit[2])))
+      redis.call('HDEL', members_key, id)
+      members[id] = nil
+    end
+  end
+end
 
 local count, part_of_others, shared_of_others, held_by_all = 0, 0, {0, 0}, {0, 0}
 local all_back, free = true, 0

@@ -1,4 +1,4 @@
-"""Processes that share a limit, in virtual time: real buckets, the real script on a real server, and a judge that counts every request."""
+"""Processes that share a limit, in virtual time: real buckets, the real script on a real server, and a count of every request."""
 
 from __future__ import annotations
 

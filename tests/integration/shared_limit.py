@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python tests/integration/shared_limit.py --minutes 6 --processes 8 --load requests --outage 20
 
-The endpoint counts requests and tokens in any 60 seconds, the strictest reading there is; what it refuses counts as a request. A
-process is killed, another ends and two others start every 20 seconds. Printed are the 429s, the fullest minute, and what was used of the
-limit from the end of the first minute on, in which any client may use up what was unused before.
+The endpoint counts requests and tokens in any 60 seconds, the strictest reading there is; what it refuses counts as a request. Every
+minute a process is killed, another ends, and two others start. Printed are the 429s, the fullest minute, and what was used of the limit
+from the end of the first minute on, in which any client may use up what was unused before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import microbatch as mb
 from microbatch.testing import Latency, Quota, SimulatedEndpoint
 
 RPM, TPM = 1_000, 200_000
-LOADS = {"requests": (1, 16), "tokens": (8, 2_000)}  # items in a call, and max_tokens of each
+LOADS = {"requests": (1, 16), "tokens": (8, 200)}  # items in a call, and max_tokens of each
 SYSTEM = "Answer with the word that is asked for. "
 
 
@@ -55,21 +55,22 @@ async def client(base_url: str, store: str, rpm: int, tpm: int, load: str) -> No
         transport,
         policy=mb.FlushPolicy(max_batch_size=size, max_wait=0.02, max_concurrent_batches=64),
         rate_limit=mb.RateLimit(rpm=rpm, tpm=tpm, store=store),
-        tokens="bytes",
     )
     ended = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
     numbers = itertools.count()
 
     async def ask() -> None:
-        while not ended.is_set():
+        while True:
             question = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"word {next(numbers)}"}]
             with contextlib.suppress(mb.RequestFailed):
                 await batcher.submit(question, max_tokens=max_tokens)
 
-    async with batcher, asyncio.TaskGroup() as group:
-        for _ in range(16 * size):
-            group.create_task(ask())
+    async with batcher:
+        asking = [asyncio.ensure_future(ask()) for _ in range(16 * size)]
+        await ended.wait()
+        for task in asking:
+            task.cancel()
 
 
 class Fleet:
@@ -120,10 +121,8 @@ async def play(args: argparse.Namespace) -> dict[str, Any]:
                     row = endpoint.used(loop.time() - turn, loop.time())
                     rows.append(row)
                     share = max(row[0] / RPM, row[1] / TPM) * 60 / turn
-                    print(
-                        f"{number * turn:5.0f} s: {row[0]:5} requests, {row[1]:7} tokens, {share:6.1%}, 429s {endpoint.quota_refusals}",
-                        flush=True,
-                    )
+                    used = f"{row[0]:5} requests, {row[1]:7} tokens, {share:6.1%}, 429s {endpoint.quota_refusals}"
+                    print(f"{number * turn:5.0f} s: {used}", flush=True)  # noqa: T201
             finally:
                 await fleet.end_all()
             steady = [sum(column) for column in zip(*rows[3:], strict=True)]
@@ -151,7 +150,7 @@ def main() -> None:
         base_url, store, rpm, tpm, load = args.client
         asyncio.run(client(base_url, store, int(rpm), int(tpm), load))
     else:
-        print(asyncio.run(play(args)))
+        print(asyncio.run(play(args)))  # noqa: T201
 
 
 if __name__ == "__main__":

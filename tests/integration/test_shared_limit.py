@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 
 import pytest
 from fault_proxy import FaultProxy
 from helpers import ask, batcher_for, now, until
 from redis_server import RedisServer, redis_cluster
+from shared_limit import Endpoint, Fleet
 
 import microbatch as mb
-from microbatch.testing import Quota, ScriptedTransport, SimulatedEndpoint
+from microbatch.testing import Latency, Quota, ScriptedTransport, SimulatedEndpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.promise(of="shared_limits")]
 
@@ -277,3 +279,33 @@ async def test_closing_while_the_server_hangs_ends(own_redis):
         begun = now()
     assert now() - begun < 20
     assert not [task for task in asyncio.all_tasks() if task.get_name() == "microbatch limit"]
+
+
+# --- processes
+
+
+async def test_processes_that_come_go_and_are_killed_keep_the_limit_and_use_it(own_redis):
+    """Some seconds of real time; `shared_limit.py` has the long form, in which the minute is full."""
+    rpm, loop = 6_000, asyncio.get_running_loop()
+    async with Endpoint(quota=Quota(rpm=rpm, tpm=10**6), latency=Latency(first_token=0.1)) as endpoint:
+        fleet = Fleet(endpoint.base_url, own_redis.url, rpm, 10**6, "requests")
+        try:
+            await fleet.start(3)
+            await until(lambda: all(len(members) == 3 for members in kept(own_redis, "members").values()))
+            await until(lambda: len(endpoint.let_in) > 0.03 * rpm)  # the burst is used up
+            begin = loop.time()
+            await asyncio.sleep(2)
+            await fleet.end(signal.SIGKILL)
+            await fleet.end(signal.SIGTERM)
+            await fleet.start(2)
+            await asyncio.sleep(6)
+            own_redis.pause()
+            await asyncio.sleep(2)
+            own_redis.resume()
+            await until(lambda: endpoint.used(loop.time() - 3, loop.time())[0] > 0.6 * 3 * rpm / 60)
+            end = loop.time()
+        finally:
+            await fleet.end_all()
+    assert endpoint.quota_refusals == 0
+    burst = 0.02 * rpm
+    assert endpoint.used(begin, end)[0] <= burst + rpm / 60 * (end - begin)

@@ -479,8 +479,8 @@ def slots_and_room_are_limits(world: World) -> Iterator[str]:
     on_wire = [
         change for attempt in world.upstream.attempts for change in ((attempt.started, 1, 1), (attempt.ended, 0, -1))
     ]
-    if _peak(on_wire) > slots + slots // 4:
-        yield f"{_peak(on_wire)} attempts at once"
+    if peak(on_wire) > slots + slots // 4:
+        yield f"{peak(on_wire)} attempts at once"
     calls: dict[object, list[Attempt]] = defaultdict(list)
     for attempt in world.upstream.attempts:
         calls[attempt.key].append(attempt)
@@ -489,8 +489,8 @@ def slots_and_room_are_limits(world: World) -> Iterator[str]:
         account = tuple(attempts[0].call.headers.items())
         begun[account] += [(attempts[0].started, 1, 1), (attempts[-1].ended, 0, -1)]
     for account, changes in begun.items():
-        if _peak(changes) > slots + slots // 4:
-            yield f"{_peak(changes)} calls begun and not finished with {account}"
+        if peak(changes) > slots + slots // 4:
+            yield f"{peak(changes)} calls begun and not finished with {account}"
     pending = [item for item in world.items.values() if item.accepted is not None and item.settled is not None]
     for urgent, most in ((False, policy.get("max_queued", 10_000)), (True, _most_pending(world))):
         changes = [
@@ -499,8 +499,8 @@ def slots_and_room_are_limits(world: World) -> Iterator[str]:
             if urgent or item.ask.priority != "high"
             for change in ((item.accepted, 1, 1), (item.settled, 0, -1))
         ]
-        if (urgent or policy.get("when_full") != "bypass") and _peak(changes) > most:
-            yield f"{_peak(changes)} requests pending"
+        if (urgent or policy.get("when_full") != "bypass") and peak(changes) > most:
+            yield f"{peak(changes)} requests pending"
 
 
 def _most_pending(world: World) -> int:
@@ -530,7 +530,7 @@ def _is_high(world: World, attempt: Attempt) -> bool:
     return any(world.items[text].ask.priority == "high" for text in attempt.texts)
 
 
-def _peak(changes: list[tuple[float, int, int]]) -> int:
+def peak(changes: list[tuple[float, int, int]]) -> int:
     """Return the highest sum of *changes*; at one instant, what ends comes before what begins."""
     peak = level = 0
     for _, _, change in sorted(changes):
@@ -544,26 +544,26 @@ def usage_is_conserved(world: World) -> Iterator[str]:
     stats, carried = world.stats, _carried(world)
     reported = Counter[str]()
     for attempt in world.upstream.attempts:
-        reported.update(_tokens(attempt.reported))
-    if _tokens(mb.Usage(stats.prompt_tokens, stats.completion_tokens, stats.cached_tokens)) != dict(
-        reported or _tokens(None)
+        reported.update(tokens_of(attempt.reported))
+    if tokens_of(mb.Usage(stats.prompt_tokens, stats.completion_tokens, stats.cached_tokens)) != dict(
+        reported or tokens_of(None)
     ):
         yield f"booked were {stats.prompt_tokens} and {stats.completion_tokens}, but reported {dict(reported)}"
-    claimed, guessed = Counter(_tokens(stats.unclaimed)), Counter[str]()
+    claimed, guessed = Counter(tokens_of(stats.unclaimed)), Counter[str]()
     mixed = False
     for item in world.items.values():
         reply = item.reply
         if reply is None:
             continue
-        (guessed if reply.usage.estimated else claimed).update(_tokens(reply.usage))
+        (guessed if reply.usage.estimated else claimed).update(tokens_of(reply.usage))
         mixed |= reply.usage.estimated and any(attempt.reported is not None for attempt in carried[item.text])
-    for name, total in (reported or _tokens(None)).items():
+    for name, total in (reported or tokens_of(None)).items():
         # An estimate holds the exact shares of earlier calls, which cannot be told apart from outside.
         if not claimed[name] <= total <= claimed[name] + (guessed[name] if mixed else 0):
             yield f"{name}: {total} reported, {claimed[name]} accounted for, {guessed[name]} estimated"
 
 
-def _tokens(usage: mb.Usage | None) -> dict[str, int]:
+def tokens_of(usage: mb.Usage | None) -> dict[str, int]:
     usage = usage or mb.Usage()
     return {"prompt": usage.prompt_tokens, "completion": usage.completion_tokens, "cached": usage.cached_tokens}
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """Replace an attribute by what *make* makes of it."""
     inherited, old = name not in vars(owner), getattr(owner, name)
     setattr(owner, name, make(old))
@@ -57,12 +57,12 @@ def _replaced_everywhere(function: Any, make: Callable[[Any], Any]) -> Iterator[
     with ExitStack() as undo:
         for module in [module for name, module in sys.modules.items() if name.startswith("microbatch.")]:
             for name in [name for name, value in vars(module).items() if value is function]:
-                undo.enter_context(_replaced(module, name, make))
+                undo.enter_context(replaced(module, name, make))
         yield
 
 
 @contextmanager
-def _all(*bugs: Any) -> Iterator[None]:
+def all_of(*bugs: Any) -> Iterator[None]:
     with ExitStack() as undo:
         for bug in bugs:
             undo.enter_context(bug)
@@ -98,7 +98,7 @@ def first_caller_runs_the_batch():
 
         return wrapper
 
-    return _all(_replaced(Upstream, "send", run_in_first), _replaced(mb.Microbatcher, "submit", die))
+    return all_of(replaced(Upstream, "send", run_in_first), replaced(mb.Microbatcher, "submit", die))
 
 
 def orphaned_call():
@@ -116,7 +116,7 @@ def orphaned_call():
 
         return wrapper
 
-    return _replaced(Upstream, "send", go_on)
+    return replaced(Upstream, "send", go_on)
 
 
 def hasty_retries():
@@ -132,7 +132,7 @@ def hasty_retries():
 
         return wrapper
 
-    return _replaced(Upstream, "send", deaf)
+    return replaced(Upstream, "send", deaf)
 
 
 @contextmanager
@@ -150,7 +150,7 @@ def _marked(kinds: Any) -> Iterator[set[Any]]:
 
         return wrapper
 
-    with _replaced(Upstream, "send", mark):
+    with replaced(Upstream, "send", mark):
         yield marked
 
 
@@ -168,7 +168,7 @@ def leaked_slot():
 
             return wrapper
 
-        with _replaced(Scheduler, "released", leak):
+        with replaced(Scheduler, "released", leak):
             yield
 
 
@@ -186,7 +186,7 @@ def slot_kept_through_back_off():
 
             return wrapper
 
-        with _replaced(Scheduler, "released", keep):
+        with replaced(Scheduler, "released", keep):
             yield
 
 
@@ -202,7 +202,7 @@ def _with_options(**changes: Callable[[Any], Any]) -> Any:
 
         return wrapper
 
-    return _replaced(mb.Microbatcher, "__init__", changed)
+    return replaced(mb.Microbatcher, "__init__", changed)
 
 
 def ignored_limit():
@@ -217,7 +217,7 @@ def unbounded_retries():
 
 def unfinished_close():
     """Closing does not wait for the calls under way."""
-    return _replaced(
+    return replaced(
         mb.Microbatcher,
         "aclose",
         lambda aclose: lambda batcher, grace=30.0: aclose(batcher, None if grace is None else 0.0),
@@ -226,7 +226,7 @@ def unfinished_close():
 
 def ignored_tenant():
     """Lanes are not told apart by their tenants."""
-    return _replaced(
+    return replaced(
         mb.Microbatcher,
         "submit",
         lambda submit: lambda batcher, messages, **options: submit(batcher, messages, **{**options, "tenant": None}),
@@ -235,7 +235,7 @@ def ignored_tenant():
 
 def lost_usage():
     """What a cancelled request's calls cost is forgotten."""
-    return _replaced(
+    return replaced(
         mb.Microbatcher,
         "stats",
         lambda stats: lambda batcher: msgspec.structs.replace(stats(batcher), unclaimed=mb.Usage()),
@@ -262,7 +262,7 @@ def missing_done_check():
 
         return wrapper
 
-    return _replaced(ShuffledLoop, "create_future", unchecked)
+    return replaced(ShuffledLoop, "create_future", unchecked)
 
 
 class _Stale:
@@ -282,7 +282,7 @@ def stale_timer():
 
         return wrapper
 
-    return _replaced(ShuffledLoop, "call_at", keep)
+    return replaced(ShuffledLoop, "call_at", keep)
 
 
 def late_deadline():
@@ -295,7 +295,7 @@ def late_deadline():
 
         return wrapper
 
-    return _replaced(ShuffledLoop, "call_at", later)
+    return replaced(ShuffledLoop, "call_at", later)
 
 
 # --- the codec
@@ -342,10 +342,10 @@ def positional_matching():
         wrapper.__wrapped__ = feed
         return wrapper
 
-    return _all(
-        _replaced(Demultiplexer, "__init__", noted),
-        _replaced(Demultiplexer, "feed", wrapped),
-        _replaced(Demultiplexer, "close", close_renamed),
+    return all_of(
+        replaced(Demultiplexer, "__init__", noted),
+        replaced(Demultiplexer, "feed", wrapped),
+        replaced(Demultiplexer, "close", close_renamed),
     )
 
 
@@ -381,7 +381,7 @@ def _places_kept(when: Callable[[BaseException], bool]) -> Any:
 
         return wrapper
 
-    return _replaced(AdmissionQueue, "release", keep)
+    return replaced(AdmissionQueue, "release", keep)
 
 
 def leaked_room():
@@ -403,12 +403,12 @@ class _Stack(deque):
 
 def newest_first():
     """A place is given to the caller that came last."""
-    return _replaced(admission, "deque", lambda _: _Stack)
+    return replaced(admission, "deque", lambda _: _Stack)
 
 
 def dropping_on_close():
     """What waits when the batcher closes is dropped without a word."""
-    return _replaced(Lane, "waiting", lambda _: lambda lane: [])
+    return replaced(Lane, "waiting", lambda _: lambda lane: [])
 
 
 def lost_wakeup():
@@ -421,7 +421,7 @@ def lost_wakeup():
 
         return wrapper
 
-    return _replaced(Lane, "schedule_flush", forget)
+    return replaced(Lane, "schedule_flush", forget)
 
 
 def await_inside_flush():
@@ -437,7 +437,7 @@ def await_inside_flush():
 
         return wrapper
 
-    return _replaced(FairQueue, "next", stale)
+    return replaced(FairQueue, "next", stale)
 
 
 # --- the budget
@@ -453,7 +453,7 @@ def charge_kept_for_ever():
 
         return wrapper
 
-    return _replaced(Spending, "keep", forget)
+    return replaced(Spending, "keep", forget)
 
 
 def refusal_paid():
@@ -465,7 +465,7 @@ def refusal_paid():
 
         return wrapper
 
-    return _replaced(Spending, "give_back", kept)
+    return replaced(Spending, "give_back", kept)
 
 
 def one_purse_for_all_tenants():
@@ -477,7 +477,7 @@ def one_purse_for_all_tenants():
 
         return wrapper
 
-    return _replaced(Spending, "charge", shared)
+    return replaced(Spending, "charge", shared)
 
 
 BUGS: tuple[Callable[[], Any], ...] = (

@@ -7,7 +7,7 @@ with all of them at once lets none of them act alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -162,25 +162,32 @@ class Scenario:
     shuffled: float = 1.0
 
     def __str__(self) -> str:
-        """Tell everything that is not as usual, a line each."""
-        lines = []
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if isinstance(value, list):
-                lines += [f"{part.name}[{index}]: {_brief(member)}" for index, member in enumerate(value)]
-            else:
-                lines.append(f"{part.name}: {value}")
-        return "\n".join(lines)
+        return brief(self)
+
+
+def brief(scenario: object) -> str:
+    """Return everything in *scenario* that is not as usual, a line each."""
+    lines = []
+    for part in fields(scenario):
+        value = getattr(scenario, part.name)
+        if isinstance(value, list):
+            lines += [f"{part.name}[{index}]: {_brief(member)}" for index, member in enumerate(value)]
+        else:
+            lines.append(f"{part.name}: {value}")
+    return "\n".join(lines)
 
 
 def _brief(member: object) -> str:
-    if not isinstance(member, Fault | Ask | Bulk):
+    if not is_dataclass(member):
         return str(member)
-    usual = {"at": None} if isinstance(member, Bulk) else vars(type(member)())
+    usual = {
+        part.name: part.default if part.default_factory is MISSING else part.default_factory()
+        for part in fields(member)
+    }
     told = (
         f"{name}={[_brief(part) for part in value] if name == 'asks' else value}"
         for name, value in vars(member).items()
-        if name not in usual or value != usual[name]
+        if value != usual[name]
     )
     return ", ".join(told) or "as usual"
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from simulation import mixed_invariants, mixed_world
 from simulation.invariants import breaches
+from simulation.mixed_scenario import Call, Mixed
 from simulation.scenario import TICK, Ask, Bulk, Fault, Scenario
 from simulation.world import play
+
+import microbatch as mb
 
 
 def of(policy=None, **parts):
@@ -72,3 +76,37 @@ def test_closing_does_not_wait_for_a_map_that_was_let_in_after_the_close():
         )
         scenario.order = order
         assert not breaches(play(scenario))
+
+
+def mixed(policy=None, **parts):
+    """A run of several parts in which nothing is retried."""
+    usual = {"max_batch_size": 2, "max_wait": 0.25, "low_max_wait": 2.0, "idle": "flush", "max_concurrent_batches": 1}
+    retry = {"max_attempts": 1, "budget": 0.0, "reserve": 0}
+    return Mixed(policy={**usual, **(policy or {})}, retry=retry, order=None, **parts)
+
+
+def test_each_relayed_request_that_waits_when_the_batcher_closes_gets_an_error_of_its_own():
+    for charged in (False, True):
+        world = mixed_world.play(
+            mixed(
+                calls=[Call(what="forward", batcher=0, charged=charged) for _ in range(4)],
+                forwards=[Fault(latency=1.0)],
+                close=(0.5, 0.0),
+            )
+        )
+        assert not mixed_invariants.breaches(world)
+        errors = [caller.error for caller in world.callers if isinstance(caller.error, mb.ShutDown)]
+        assert len({id(error) for error in errors}) == len(errors) >= 3
+
+
+def test_usage_is_conserved_when_embed_many_fails_after_a_text_whose_last_call_reports_nothing():
+    texts = tuple(f"vector here cook {topic}" for topic in ("apples", "pears", "plums"))
+    world = mixed_world.play(
+        mixed(
+            calls=[Call(what="embed_many", texts=texts)],
+            embeds=[Fault("wrong_index"), Fault(usage=False), Fault("bad_request")],
+        )
+    )
+    assert not mixed_invariants.breaches(world)
+    assert isinstance(world.callers[0].error, mb.BadRequest)
+    assert world.stats[0].unclaimed.prompt_tokens == world.upstream.others[0].reported.prompt_tokens

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
-from simulation import run
+from simulation import mixed_invariants, mixed_scenario, mixed_world, run
 from simulation.invariants import breaches
 from simulation.scenario import TROUBLE, draw
 from simulation.world import play
@@ -49,8 +49,13 @@ def test_every_promise_is_kept_in_every_scenario(first, record_property):
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
     phases=[phase for phase in Phase if phase is not Phase.explain],
 )
-@given(st.randoms(use_true_random=False))
-def test_every_promise_is_kept_in_whatever_hypothesis_thinks_of(random):
+@pytest.mark.parametrize(
+    ("draw", "play", "breaches"),
+    [(draw, play, breaches), (mixed_scenario.draw, mixed_world.play, mixed_invariants.breaches)],
+    ids=["one batcher", "several parts"],
+)
+@given(random=st.randoms(use_true_random=False))
+def test_every_promise_is_kept_in_whatever_hypothesis_thinks_of(draw, play, breaches, random):
     scenario = draw(random)
     note(str(scenario))
     world = play(scenario)
@@ -94,4 +99,31 @@ def test_scenarios_meet_all_kinds_of_trouble():
     assert outcomes >= {
         "Reply", "str", "DeadlineExceeded", "ShutDown", "BatcherClosed", "Overloaded", "RateLimited", "AuthFailed", "Filtered",
         "MalformedAnswer", "TruncatedReply", "Refused", "ContextTooLong", "TransportTimeout", "ConnectFailed",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_runs_of_several_parts_meet_all_parts_and_all_kinds_of_trouble():
+    met, outcomes, routes, others = set(), set(), set(), set()
+    for seed in range(500):
+        world = mixed_world.play(mixed_scenario.draw(Random(seed)))
+        others.update(f"{other.what} {other.fault.kind}" for other in world.upstream.others)
+        outcomes.update(type(caller.outcome).__name__ for caller in world.callers)
+        routes.update(reply.route for caller in world.callers for reply in caller.replies)
+        rows = [] if world.spool is None else world.spool.rows.values()
+        met.update(f"spooled {row.state}" for row in rows)
+        met.update("answered twice" for row in rows if len(row.answers) > 1)
+        met.update({attempt.beside for attempt in world.upstream.attempts})
+        late = sum(stats.look_ups_late for stats in world.stats), sum(stats.look_ups_failed for stats in world.stats)
+        met.update(name for name, count in zip(("late", "failed"), late, strict=True) if count)
+        met.update({"a worker died"} if world.deaths else ())
+    assert others >= {f"embed {kind}" for kind in ("ok", *mixed_scenario.VECTOR_TROUBLE)}
+    assert others >= {f"forward {kind}" for kind in ("ok", *mixed_scenario.FORWARD_TROUBLE)} | {"look_up ok"}
+    assert routes == {"batch", "single", "fallback", "shared", "cache", "similar"}
+    assert met >= {
+        "spooled done", "spooled dead", "answered twice", "audit", "check", "late", "failed", "a worker died"
+    }  # fmt: skip
+    assert outcomes >= {
+        "Reply", "Embedding", "list", "bytes", "str", "DeadlineExceeded", "ShutDown", "BatcherClosed", "Overloaded",
+        "BudgetExceeded", "MalformedAnswer", "ConnectFailed", "RequestFailed",
     }  # fmt: skip

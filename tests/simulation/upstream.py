@@ -36,6 +36,10 @@ WHOSE: ContextVar[str | None] = ContextVar("WHOSE", default=None)
 """Whose context this is; every caller sets it in its own."""
 
 
+BESIDE: ContextVar[str | None] = ContextVar("BESIDE", default=None)
+"""What asks again; set by what watches the library."""
+
+
 class Fact(msgspec.Struct):
     """An answer of several fields."""
 
@@ -80,6 +84,7 @@ class Attempt:
         excuses: Errors that this attempt may mean for an item it carried alone, and for one of several.
         raised: What it raised.
         whose: The caller whose context it ran in; None, as it should be.
+        beside: "audit" or "check" for a call that no caller waits for, else None.
     """
 
     number: int
@@ -105,9 +110,10 @@ class Attempt:
     excuses: tuple[tuple[type, ...], tuple[type, ...]] = ((), ())
     raised: BaseException | None = None
     whose: str | None = None
+    beside: str | None = None
 
 
-_STATUS: dict[str, Callable[[Fault], BaseException]] = {
+STATUS: dict[str, Callable[[Fault], BaseException]] = {
     "bad_request": lambda fault: mb.BadRequest("no", status=400),
     "unprocessable": lambda fault: mb.BadRequest("no", status=422),
     "too_large": lambda fault: mb.BadRequest("too large", status=413),
@@ -164,7 +170,7 @@ class Upstream:
         items = [(name, text) for name, text in received.items if not text.startswith(CANARY)]
         canary = received.items[-1][0] if len(items) < len(received.items) else None
         number = len(self.attempts)
-        fault = self._faults[number] if number < len(self._faults) else Fault(dice=number)
+        fault = self._fault_of(number)
         if any(world.is_poison(text) for _, text in items):
             fault = Fault(self._poison, fault.latency, fault.pieces, fault.gap, fault.usage, dice=fault.dice)
         key = call.messages[-1]["content"] if received.combined else id(call)
@@ -183,6 +189,7 @@ class Upstream:
             moment=world.moment(),
             timeout=call.timeout,
             whose=WHOSE.get(),
+            beside=BESIDE.get(),
         )
         self._seen.add(key)
         self._calls.append(call)
@@ -209,6 +216,9 @@ class Upstream:
         finally:
             attempt.ended, attempt.turn_ended = world.now(), world.loop.turns
             world.note("attempt ends", number, attempt.how)
+
+    def _fault_of(self, number: int) -> Fault:
+        return self._faults[number] if number < len(self._faults) else Fault(dice=number)
 
     async def aclose(self) -> None:
         """Count the closing."""
@@ -237,15 +247,15 @@ class _Sending:
         kind = fault.kind if attempt.combined or fault.kind not in _COMBINED_ONLY else "ok"
         if not attempt.combined and attempt.call.schema is None and kind in ("nonsense", "prose", "wrong_type"):
             kind = "ok"  # whatever a model says is a plain text answer, so this would be one too
-        if kind in _STATUS and kind not in _BROKEN_OFF:
-            raise _STATUS[kind](fault)
+        if kind in STATUS and kind not in _BROKEN_OFF:
+            raise STATUS[kind](fault)
         text, marks = self._compose(kind)
         if kind in _BROKEN_OFF:
             if attempt.call.stream and dice.random() < 0.6:
                 await self._say(text[: dice.randint(0, len(text))], marks)
             if kind == "hang":
                 await self._pause(LIMIT)
-            raise _STATUS[kind](fault)
+            raise STATUS[kind](fault)
         finish, refusal = "stop", None
         if kind == "truncated":
             text, finish = text[: dice.randint(0, len(text) - 1)], "length"

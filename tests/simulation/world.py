@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import logging
 from contextlib import aclosing
 from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from simulation.loop import ShuffledLoop, Steady, Stuck
+from simulation.stage import Stage
 from simulation.upstream import OUTPUT_TYPES, WHOSE, Attempt, Upstream
 
 import microbatch as mb
@@ -76,16 +74,13 @@ class Item:
         return self.outcome if isinstance(self.outcome, BaseException) else None
 
 
-class World:
+class World(Stage):
     """One run of a scenario.
 
     Attributes:
         items: By text, which is unique.
-        trace: What happened: virtual time, what, and details.
         closed: When the first `aclose` was called and with what grace; None before.
         shut_call: The first `aclose` that returned: when it was called and when it returned.
-        stuck: Why the run could not go on, or None.
-        leftover: What was left of the batcher's after its end: tasks, timers.
         stats: As they were after the end.
         charges: What was charged for each attempt, in order.
         overspent: Charges that the budget did not allow.
@@ -93,20 +88,16 @@ class World:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        self.loop = ShuffledLoop(None if scenario.order is None else Random(scenario.order), scenario.shuffled)
-        self.trace: list[tuple[Any, ...]] = []
+        super().__init__(scenario.order, scenario.shuffled)
         self.items: dict[str, Item] = {}
         self.upstream = Upstream(self, scenario.faults, scenario.poison)
         self.closed: tuple[float, float | None] | None = None
         self.shut_call: tuple[float, float] | None = None
-        self.stuck: str | None = None
-        self.leftover: list[str] = []
         self.stats: mb.Stats | None = None
         self.charges: list[Charge] = []
         self.overspent: list[str] = []
         self.finished: float | None = None
         self.bulk_complaints: list[str] = []
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._letters = Random(scenario.order or 0)
         self.batcher = self._make_batcher()
         for index, ask in enumerate(scenario.asks):
@@ -183,18 +174,6 @@ class World:
 
     # --- what the endpoint tells and asks
 
-    def now(self) -> float:
-        """Return the virtual time."""
-        return self.loop.time()
-
-    def moment(self) -> int:
-        """Return the place in the trace."""
-        return len(self.trace)
-
-    def note(self, *what: Any) -> None:
-        """Add to the trace."""
-        self.trace.append((self.loop.time(), self.loop.turns, *what))
-
     def is_poison(self, text: str) -> bool:
         """Whether calls that carry *text* are refused."""
         return self.items[text].ask.poison
@@ -213,11 +192,6 @@ class World:
                 self._cancel(self.items[text])
 
     # --- what callers do
-
-    def _start(self, coroutine: Any) -> asyncio.Task[Any]:
-        task = self.loop.create_task(coroutine)
-        self._tasks.add(task)
-        return task
 
     def _cancel_in(self, seconds: float, item: Item) -> None:
         self.loop.call_later(seconds, self._cancel, item)
@@ -361,26 +335,8 @@ class World:
 
     # --- the run
 
-    def run(self) -> None:
-        """Play the scenario to its end."""
-        loop, logger = self.loop, logging.getLogger("microbatch")
-        silent, logger.disabled = logger.disabled, True
-        # When the collector runs is no part of the scenario, and what it finalizes would join in.
-        gc.disable()
-        try:
-            with Steady():
-                loop.run_until_complete(self._main())
-        except Stuck as stuck:
-            self.stuck = str(stuck)
-            self._abandon()
-        finally:
-            logger.disabled = silent
-            loop.close()
-            gc.enable()
-
     async def _main(self) -> None:
         scenario, loop = self.scenario, self.loop
-        mine = asyncio.current_task()
         await self.batcher.open()
         start = loop.time()
         last = start
@@ -408,35 +364,9 @@ class World:
         for _ in range(3):
             await asyncio.sleep(0)
         self.stats = self.batcher.stats()
-        host = self.batcher._host._task
-        if host is not None and host.done() and not host.cancelled() and host.exception() is not None:
-            self.leftover.append(f"the batcher's own task died of {host.exception()!r}")
-        left = asyncio.all_tasks() - {mine}
-        self.leftover += sorted(f"task {task.get_name()} {task.get_coro().__qualname__}" for task in left)
-        timers = {timer._callback for timer in loop._scheduled if not timer._cancelled}
-        # That of a call whose usage was waited for does nothing, once the call is over.
-        names = {timer.__qualname__ for timer in timers if str(timer.__module__).startswith("microbatch")} - {
-            "Exchange._stop"
-        }
-        self.leftover += sorted(f"timer {name}" for name in names)
+        self._look_for_leftovers([self.batcher])
         if self.upstream.closed != 1:
             self.leftover.append(f"the transport was closed {self.upstream.closed} times")
-
-    def _abandon(self) -> None:
-        """End what is left of a run that got stuck, quietly."""
-        loop = self.loop
-        loop.set_exception_handler(lambda *_: None)
-        loop.limited = False
-
-        async def end() -> None:
-            for _ in range(20):
-                for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                    task._log_destroy_pending = False
-                    task.cancel()
-                for _ in range(20):
-                    await asyncio.sleep(0)
-
-        loop.run_until_complete(end())
 
 
 def play(scenario: Scenario) -> World:
