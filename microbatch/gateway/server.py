@@ -365,8 +365,9 @@ class Gateway:
         finally:
             record.seconds = asyncio.get_running_loop().time() - record.began
             self._observed.add(record)
-        if self._life.leaving:
-            response.force_close()  # a stream that began before has sent its headers
+        if self._life.draining:
+            # A stream that began before has sent its headers. While the gateway retires, the next request on its connection is served.
+            response.force_close()
         return response
 
     def _begin(self, request: web.Request) -> Served:

@@ -106,6 +106,7 @@ async def test_a_storm_loses_nothing_and_each_request_is_one_line(tmp_path):
     outcome = await storm(requests=400, clients=16, workers=2, folder=tmp_path)
     assert outcome.faults == []
     assert outcome.answered >= 400
+    assert outcome.resent_for_reloads == 0
     assert outcome.calls < outcome.answered
 
 
@@ -188,6 +189,23 @@ async def test_a_signal_to_a_worker_replaces_it_and_answers_what_it_has():
         assert len(await asked) == 8
         await eventually(lambda: before[0] not in children(served.process.pid))
         await eventually(lambda: len(children(served.process.pid)) == 2)
+
+
+async def test_a_reload_with_a_wrong_file_changes_nothing(tmp_path):
+    prices = tmp_path / "prices.json"
+    prices.write_text("{}")
+    async with Watched() as upstream, workers(upstream, "--prices", str(prices)) as served, fresh() as session:
+        before = children(served.process.pid)
+        prices.write_text("broken")
+        served.process.send_signal(signal.SIGHUP)
+        await told(served, "Not reloaded")
+        assert set(before) <= set(children(served.process.pid))
+        await ask_for(session, served, 4)
+        assert await ready(session, served)
+        prices.write_text(json.dumps({MODEL: {"input": 1, "output": 1}}))
+        served.process.send_signal(signal.SIGHUP)
+        await told(served, "Reloaded: 2 workers replaced.")
+        await ask_for(session, served, 4)
 
 
 async def test_the_end_of_the_supervisor_ends_the_workers_when_they_have_answered():
