@@ -260,6 +260,7 @@ def test_it_answers_what_waits_at_the_exit_of_the_process():
 def test_an_interruption_gives_the_request_up():
     assert run("""
         import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started with SIGINT ignored
         batcher = blocking(latency=Latency(first_token=30))
         def interrupt():
             while batcher.stats().upstream_calls < 1:
