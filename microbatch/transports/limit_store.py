@@ -43,7 +43,7 @@ class LimitStore(RedisStore):
         self._identity = ""  # of this process; made when it is first used, as a process may be forked before that
         self._tasks: dict[SharedBucket, asyncio.Task[None]] = {}
         self._served: WeakKeyDictionary[SharedBucket, str] = WeakKeyDictionary()  # with the names
-        self._failing = False
+        self._failing = self._closing = False
 
     async def open(self) -> None:
         """Ask the server what it is. One that cannot be reached delays requests, not the start.
@@ -53,7 +53,7 @@ class LimitStore(RedisStore):
         """
         await super().open()
         self._loop = asyncio.get_running_loop()
-        self._tasks, self._served = {}, WeakKeyDictionary()
+        self._tasks, self._served, self._closing = {}, WeakKeyDictionary(), False
         self._identity = self._identity or secrets.token_hex(8)
         try:
             await self._check()
@@ -96,7 +96,7 @@ class LimitStore(RedisStore):
         def wake() -> None:
             woken.set()
             bucket = reference()
-            if bucket is not None and bucket not in self._tasks:
+            if bucket is not None and bucket not in self._tasks and not self._closing:
                 # An empty context: not that of the caller that happens to be the first.
                 keeping = self._keep(bucket, name, woken)
                 task = loop.create_task(keeping, name="microbatch limit", context=contextvars.Context())
@@ -108,7 +108,7 @@ class LimitStore(RedisStore):
         """Stay in contact until *bucket* is no longer used."""
         now = asyncio.get_running_loop().time
         try:
-            while not bucket.is_over(now()):
+            while not (self._closing or bucket.is_over(now())):
                 woken.clear()
                 await self._contact(bucket, bucket.order(now()), name)
                 bucket.notify()
@@ -143,19 +143,18 @@ class LimitStore(RedisStore):
 
     async def aclose(self) -> None:
         """Give back what was drawn and not used, and close the connections."""
+        # Each task ends its contact, and takes leave. Cancelling it would not be certain: a cancellation may get lost in the client.
+        self._closing = True
         tasks = dict(self._tasks)
-        names = {bucket: self._served[bucket] for bucket in tasks}
-        self._served.clear()
-        for bucket, task in tasks.items():
-            bucket.wake = _nothing
-            task.cancel()
+        for bucket in tasks:
+            bucket.wake()
         try:
             if tasks:
                 await asyncio.wait(tasks.values())
-            async with asyncio.TaskGroup() as leaving:
-                for bucket, name in names.items():
-                    leaving.create_task(self._leave(bucket, name))
         finally:
+            for bucket in self._served:
+                bucket.wake = _nothing
+            self._served.clear()
             await super().aclose()
 
     async def _leave(self, bucket: SharedBucket, name: str) -> None:

@@ -50,6 +50,9 @@ LEAVE: Final = 2 * WINDOW
 
 _SLOT: Final = 0.25
 _MAX_AHEAD: Final = 4_096
+_FAST: Final = 0.05
+"""Seconds: one that draws again so soon draws too little at a time."""
+
 _UNKNOWN: Final = 0.05
 """A part of the limit: if the endpoint has counted less than that too much, it may be of requests that were not reported yet."""
 
@@ -361,7 +364,9 @@ class SharedBucket:
             units = self._ahead
         elif self._alone_since is None and self._ahead:
             units = max(0, self._ahead - int(min(self._units_held(), _MAX_AHEAD)))
-            if self._units_held() > self._ahead // 2:
+            if now - self._tried < _FAST:
+                self._ahead = min(_MAX_AHEAD, 2 * self._ahead)
+            elif now - self._tried > HEARTBEAT / 2 and self._units_held() > self._ahead // 2:
                 self._ahead //= 2
         slots = [slot for slot in self._slots if slot.changed]
         self._asked, self._tried, self._untold = needed, now, False
@@ -433,6 +438,6 @@ class SharedBucket:
 
     def _report_all(self) -> None:
         """Have all of the last window reported at once: the server may have lost it, or taken it for older than it is."""
-        self._untold = True
+        self._untold = bool(self._epoch)
         for slot in self._slots:
             slot.closed = slot.changed = True
