@@ -196,6 +196,23 @@ class Account:
         self._refused = None
         if self.breaker.needs_probe(now):
             self.breaker.probe = permit
+        self._charge(permit, now)
+        return True
+
+    def pay_lent(self, permit: Permit) -> float:
+        """Pay for the attempt that a borrower of the slot makes, unless it is paid: one that no open breaker refuses.
+
+        Return the seconds after which to try again, infinite if only the end of a call can help; 0.0 if it is paid now.
+        """
+        now = asyncio.get_running_loop().time()
+        if permit.paid:
+            return 0.0
+        wait = self._wait(permit.tokens, now)
+        if wait <= 0:
+            self._charge(permit, now)
+        return max(0.0, wait)
+
+    def _charge(self, permit: Permit, now: float) -> None:
         permit.paid = True
         permit.sent = self.used = now
         self.on_wire += 1
@@ -204,7 +221,6 @@ class Account:
             self.begun += 1
         if self._bucket is not None:
             permit.grant = self._bucket.grant(permit.tokens, now, self._claimant)
-        return True
 
     def cancel(self, permit: Permit) -> None:
         """Take back what was granted to *permit* and not used."""

@@ -99,6 +99,17 @@ def test_each_relayed_request_that_waits_when_the_batcher_closes_gets_an_error_o
         assert len({id(error) for error in errors}) == len(errors) >= 3
 
 
+def test_relayed_requests_keep_to_the_limit_while_the_key_is_refused():
+    calls = [Call(texts=("text here cook apples",)), *(Call(at=1.0, what="forward") for _ in range(5))]
+    world = mixed_world.play(
+        mixed(calls=calls, faults=[Fault("auth")], rate_limit={"rpm": 4}, parts=frozenset({"quota"}))
+    )
+    assert not mixed_invariants.breaches(world)
+    assert len(world.upstream.others) == 5
+    closing = mixed(calls=calls, faults=[Fault("auth")], rate_limit={"rpm": 4}, close=(1.5, 0.0))
+    assert not mixed_invariants.breaches(mixed_world.play(closing))
+
+
 def test_usage_is_conserved_when_embed_many_fails_after_a_text_whose_last_call_reports_nothing():
     texts = tuple(f"vector here cook {topic}" for topic in ("apples", "pears", "plums"))
     world = mixed_world.play(
