@@ -190,7 +190,7 @@ def only_equals_travel_together(world: MixedWorld) -> Iterator[str]:
             lanes = [{(batcher, *rest[-2:]) for batcher, *rest in lane} for lane in lanes]
         if not set.intersection(*lanes):
             yield f"{sent.number} mixes {sent.texts}"
-        if len(set(sent.texts)) != len(sent.texts) and world.scenario.policy.get("share"):
+        if len(set(sent.texts)) != len(sent.texts) and _shares(world):
             yield f"{sent.number} carries a text twice: {sent.texts}"
 
 
@@ -203,7 +203,7 @@ def calls_run_in_no_callers_context(world: MixedWorld) -> Iterator[str]:
 
 def equal_texts_share(world: MixedWorld) -> Iterator[str]:
     """While a caller waits for the answer to a text that is under way, nobody else has the same asked."""
-    if not (world.scenario.policy.get("share") and world.scenario.policy.get("when_full") != "bypass"):
+    if not _shares(world):
         return
     spans: dict[Any, list[Any]] = defaultdict(list)
     for sent in _sent(world):
@@ -223,6 +223,12 @@ def equal_texts_share(world: MixedWorld) -> Iterator[str]:
             ]
             if waiting and after.started < before.ended:
                 yield f"{text} was sent at {after.started}, though it was under way for {waiting[0].number}"
+
+
+def _shares(world: MixedWorld) -> bool:
+    """Return whether equal texts under way share an answer; what bypasses a full queue does not."""
+    policy = world.scenario.policy
+    return bool(policy.get("share")) and policy.get("when_full") != "bypass"
 
 
 def _left(caller: Caller) -> float:
