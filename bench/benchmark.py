@@ -29,6 +29,7 @@ NAMES = (
     "integrity",
     "cheaper",
     "semantic",
+    "lookups",
 )
 SEED = 1
 

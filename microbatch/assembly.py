@@ -275,7 +275,8 @@ class Host:
         self._engine = parts.engine
         settings = parts.settings
         counters = None if settings.budget is None else settings.budget.shared
-        used = (settings.transport, parts.exact, settings.spool, counters)
+        permits = None if settings.rate_limit is None else settings.rate_limit.shared
+        used = (settings.transport, parts.exact, settings.spool, counters, permits)
         self._resources: list[Resource] = [each for each in used if each is not None]
         self._task: asyncio.Task[None] | None = None
         self._undone: asyncio.Task[None] | None = None  # the task of an opening that failed

@@ -57,7 +57,7 @@ class Microbatcher(Embeds, Binds):
         fallback: What is done about missing and broken answers.
         rate_limit: Requests and tokens per minute for each endpoint, model and key; may be shared as well. None sets no limit; a 429
             then holds up the calls of its endpoint, model and key for as long as it asks.
-        cache: Keeps answers to equal requests: `MemoryCache`, `SQLiteCache`, `RedisCache`, `TieredCache` or any `Cache`; may be shared.
+        cache: Keeps answers: `MemoryCache`, `SQLiteCache`, `RedisCache`, `TieredCache`, `SemanticCache` or any `Cache`; may be shared.
         spool: Keeps requests for workers, see `enqueue`: `SQLiteSpool`, `RedisSpool`, or any `Spool`; may be shared as well.
         normalize: With a cache, maps the texts of last messages that are to share an answer to the same text (for example `str.strip`);
             what is sent is not changed. None compares texts as they are.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from microbatch.assembly import Assembly
     from microbatch.batching.ticket import SlotLease
+    from microbatch.messages import Usage
     from microbatch.spending.spending import Charge, Spending
     from microbatch.transports.relay import Forwarded
 
@@ -67,30 +68,39 @@ async def forwarded(
             ledger.upstream_calls -= 1
             ledger.forwarded -= 1
             raise
-        if bill.charged:
-            bill.watch(response)
+        if expense is not None:
+            usage = bill.watch(response)
+            response.spent = partial(_spent, parts, model, usage)
         yield response
+
+
+def _spent(parts: Assembly, model: str | None, reader: UsageReader) -> tuple[Usage, float | None] | None:
+    """Return the usage that *reader* has found and its price in US dollars, None if that is unknown; None if it has found none."""
+    usage = reader.usage
+    if usage is None:
+        return None
+    price = parts.prices.pricing(model, reader.tier)
+    return usage, None if price is None else price(usage)
 
 
 class _Bill:
     """The cost of a relayed request.
 
     Attributes:
-        charged: True if it costs anything.
         sent: Whether the request was sent, and not refused.
         usage: What reads the usage in the answer; None before there is one.
     """
 
-    def __init__(self, *, charged: bool) -> None:
-        self.charged = charged
+    def __init__(self) -> None:
         self.sent: bool = False
         self.usage: UsageReader | None = None
 
-    def watch(self, response: Forwarded) -> None:
-        """Read the usage while the bytes of *response* are passed on."""
+    def watch(self, response: Forwarded) -> UsageReader:
+        """Read the usage while the bytes of *response* are passed on, and return what does."""
         self.sent = response.status not in _REFUSALS
-        self.usage = UsageReader(response.headers.get("Content-Encoding"))
-        response.on_chunk = self.usage.feed
+        self.usage = reader = UsageReader(response.headers.get("Content-Encoding"))
+        response.on_chunk = reader.feed
+        return reader
 
 
 async def _paid_slot(
@@ -139,9 +149,9 @@ def _after(seconds: float) -> asyncio.Future[None]:
 async def _charged(spending: Spending | None, charge: Charge | None) -> AsyncGenerator[_Bill]:
     """Correct *charge* after the block by what is found in it; None costs nothing."""
     if spending is None or charge is None:
-        yield _Bill(charged=False)
+        yield _Bill()
         return
-    bill = _Bill(charged=True)
+    bill = _Bill()
     try:
         yield bill
     except ConnectFailed as error:

@@ -33,6 +33,7 @@ class VectorTransport:
         refused: Texts for which a call is refused.
         delay: Seconds before a reply.
         usage: Whether it reports usage.
+        scale: The part of its bytes that it reports as tokens.
 
     Attributes:
         calls: The calls received, in order.
@@ -42,7 +43,7 @@ class VectorTransport:
     base_url = "https://vectors.test/v1"
     embedding_model = "embedder"
 
-    def __init__(self, spoil=None, *, most=None, refused=(), delay=0.0, usage=True, length=LENGTH):
+    def __init__(self, spoil=None, *, most=None, refused=(), delay=0.0, usage=True, length=LENGTH, scale=1.0):
         self.calls: list[mb.EmbeddingCall] = []
         self.answered = 0
         self._spoil = spoil
@@ -50,6 +51,7 @@ class VectorTransport:
         self._refused = set(refused)
         self._delay = delay
         self._usage = usage
+        self._scale = scale
         self._length = length
         self.tokens = 0
 
@@ -74,7 +76,7 @@ class VectorTransport:
         if self._spoil is not None:
             pairs = self._spoil(number, call.inputs, pairs)
         self.answered += 1
-        tokens = sum(map(tokens_of, call.inputs))
+        tokens = int(sum(map(tokens_of, call.inputs)) * self._scale)
         self.tokens += tokens if self._usage else 0
         return mb.Embedded(
             vectors=pairs,

@@ -58,6 +58,9 @@ VARIANTS = {
 }
 """The error that is accepted, and the model's noise, of the semantic caches that each stream is asked of."""
 
+WARMING = 3_000
+"""Most requests after which answers should be handed out, before what must not be handed out is asked."""
+
 LOWEST, WIDTH = 0.5, 0.05
 """The similarities that pairs of questions are counted by."""
 
@@ -96,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for stream, texts in streams.items():
             answers = {text: right[text] for text in texts}
             samples["streams"] += _stream(stream, task, answers, vectors, options.seed)
-    samples["walls"] = _walls(right, half, list(gold), pairs, vectors, options.seed)
+    samples["walls"] = _walls(right, list(rewritten)[:WARMING], list(gold), pairs, vectors, options.seed)
     samples["one point"] = _one_point(gold, options.seed)
     return samples
 
@@ -173,7 +176,8 @@ def _answer_pairs(right: dict[str, str], pairs: list[Pair]) -> None:
 
 def _walls(answers: dict[str, str], rewritten: list[str], gold: list[str], pairs: dict[str, list[Pair]], vectors: _Vectors, seed: int) -> dict[str, Any]:  # fmt: skip
     labels = sorted(set(answers.values()))
-    scene = cached.Scene(answers, labels, vectors.embed, max_error=5 * BOUND, noise=0.0, seed=seed)
+    # What is shown here are walls, so answers are handed out soon.
+    scene = cached.Scene(answers, labels, vectors.embed, max_error=20 * BOUND, noise=0.0, seed=seed)
     found = cached.run(cached.walls(scene, rewritten, gold, pairs))
     _say(f"walls, {found}")
     crossed = {name: one["crossed"] for name, one in {**found["changed"], "tenants": found["tenants"]}.items()}
@@ -211,7 +215,8 @@ def tables(run: Run) -> dict[str, Table]:
     for row in told["streams"]:
         share = row["false_hits"] / row["hits"] if row["hits"] else None
         late = row["late"]["hits"] / row["late"]["requests"] if "late" in row else None
-        interval = wilson(row["false_hits"], row["hits"]) if row["hits"] else (None, None)
+        low, high = wilson(row["false_hits"], row["hits"]) if row["hits"] else (None, None)
+        interval = (low and max(0.0, low), high)
         beyond = None if share is None else share - row["noise"]
         hits.add(
             *(row[name] for name in ("stream", "task", "cache", "guards", "noise", "requests", "hits")),
@@ -256,6 +261,10 @@ def _part(some: int, others: int) -> float | None:
     return some / (some + others) if some + others else None
 
 
+def _share(row: dict[str, Any]) -> str:
+    return "no hit" if row["wrong"] is None else f"{row['hit rate']:.1%} hits, {row['wrong']:.1%} of them wrong,"
+
+
 def findings(run: Run, tables: dict[str, Table]) -> list[str]:
     told = run.samples
     real = "a real encoder" if "SIMULATED" not in told["encoder"] else "no encoder: words and letters in common"
@@ -263,7 +272,14 @@ def findings(run: Run, tables: dict[str, Table]) -> list[str]:
         f"Vectors: {told['encoder']} ({real}). A pair of questions with the same label is closer than one with two labels with a probability "
         f"of {told['paraphrases']['auc']:.3f} (the area under the ROC curve)."
     ]
-    for row in tables["hits"].by("stream", "asked for", "cache", "guards", "noise").values():
+    rows = tables["hits"].by("stream", "asked for", "cache", "guards", "noise")
+    for (stream, task, cache, guards, _), row in rows.items():
+        if stream == CHANGED and guards and not cache.startswith(SEMANTIC):
+            without = rows[stream, task, cache, False, 0.0]
+            found.append(
+                f"A fixed threshold of {cache}, {stream}, {task}: {_share(without)} without guards, {_share(row)} with them."
+            )
+    for row in rows.values():
         if not str(row["cache"]).startswith(SEMANTIC):
             continue
         bound = float(row["cache"].rpartition(" ")[2])
@@ -280,6 +296,7 @@ def findings(run: Run, tables: dict[str, Table]) -> list[str]:
     changed = walls["changed"].values()
     return [
         *found,
+        "The verdicts are on the shares seen; an interval that reaches above the bound says that the hits are too few to tell more.",
         f"Pairs that differ in a fact: {passed} of {sum(len(one['scores']) for one in told['changes'].values()):,} pass the guards, "
         f"{sum(one['crossed'] for one in changed)} of {sum(one['asked'] for one in changed):,} are hits: "
         f"{met(not passed and not any(one['crossed'] for one in changed))}. The same questions unchanged, in other words: "

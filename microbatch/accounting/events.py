@@ -101,8 +101,8 @@ class Settled(msgspec.Struct, frozen=True, kw_only=True):
         origin: What `on_submit` returned for it.
         tenant: Its tenant, or None.
         requested_model: The model that the caller, else the transport, named.
-        unbatched_cost_usd: For an answer from the cache, the price of the call it has saved; else None, as the event of the call
-            has it.
+        unbatched_cost_usd: For an answer from the cache, or to a similar question, the price of the call it has saved; else None, as
+            the event of the call has it.
     """
 
     route: Route | None

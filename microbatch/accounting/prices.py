@@ -150,6 +150,34 @@ def _checked(prices: object) -> dict[str, Price]:
     return table
 
 
+class PriceTable:
+    """Prices by model that may be replaced while batchers use them, as their `prices=`.
+
+    Args:
+        table: A mapping from names to `Price`s, copied.
+
+    Attributes:
+        on_change: Functions that are called after a change.
+
+    Raises:
+        ConfigError: It is no such mapping.
+    """
+
+    def __init__(self, table: Mapping[str, Price]) -> None:
+        self._table = _checked(table)
+        self.on_change: list[Callable[[], None]] = []
+
+    def __call__(self, model: str) -> Price | None:
+        """Return the price of *model*; None if it is not known."""
+        return _look_up(self._table, model)
+
+    def replace(self, table: Mapping[str, Price]) -> None:
+        """Take another *table*; what has been charged stays so. Raise `ConfigError` if it is none, and keep the one before."""
+        self._table = _checked(table)
+        for act in self.on_change:
+            act()
+
+
 class PriceBook:
     """The prices of models: the user's, then those of genai-prices if that is installed.
 
@@ -176,6 +204,8 @@ class PriceBook:
         self._warned = False
         self._missed = False
         self._own = lru_cache(_MAX_REMEMBERED)(self._find_own)
+        if isinstance(self._ask, PriceTable):
+            self._ask.on_change.append(self._own.cache_clear)
 
     def for_model(self, model: str | None, asked: str | None = None) -> Price | None:
         """Return the price of a model, or None if it is unknown, or the user's function fails.

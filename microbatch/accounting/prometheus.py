@@ -6,13 +6,14 @@ import contextlib
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
+from microbatch.accounting.families import Family
 from microbatch.accounting.labels import CallerLabels
 from microbatch.accounting.stats import Stats, together
 from microbatch.checking import checks_arguments
 from microbatch.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from prometheus_client import CollectorRegistry  # noqa: TC004 an optional package
     from prometheus_client.metrics_core import Metric
@@ -200,6 +201,30 @@ class PrometheusHooks:
         """Return all metrics of the registry in Prometheus' text format."""
         return self._render(self._registry)
 
+    def export(self) -> list[Family]:
+        """Return the metrics that were counted, without those of `Stats`, to be added to those of other processes."""
+        of_stats = {family.name for family in self.describe()}
+        return [
+            Family(
+                metric.name,
+                metric.type,
+                metric.documentation,
+                [(sample.name, sample.labels, sample.value) for sample in metric.samples],
+            )
+            for metric in self._registry.collect()
+            if metric.name not in of_stats
+        ]
+
+    def render_of(self, families: Iterable[Family], stats: Stats) -> bytes:
+        """Return the metrics in *families*, of several processes together, and those of their *stats*, in the format of `render`."""
+        metrics = list(self._stats_metrics(stats))
+        for family in families:
+            metric = self._families.Metric(family.name, family.text, family.kind)
+            for sample in family.samples:
+                metric.add_sample(*sample)
+            metrics.append(metric)
+        return self._render(_Collected(metrics))
+
     def on_flush(self, event: Flushed) -> None:
         """Count a flush."""
         self._metrics["flushes"].labels(event.reason).inc()
@@ -318,6 +343,17 @@ class PrometheusHooks:
             for labels, group in groups.items():
                 gauge.add_metric(labels, value(group))
             yield gauge
+
+
+class _Collected:
+    """What a registry would collect."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        """Return the metrics."""
+        return iter(self._metrics)
 
 
 def _most_compared(rows: Sequence[AuditedSize]) -> AuditedSize:

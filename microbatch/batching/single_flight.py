@@ -67,13 +67,16 @@ class Settlement:
 
     # --- answers
 
-    def answer(self, replies: Iterable[tuple[Ticket, Reply[Any]]]) -> int:
-        """Hand each reply to the callers of its ticket that still wait; return the number of tickets that were answered."""
+    def answer(self, replies: Iterable[tuple[Ticket, Reply[Any]]], *, saved: float | None = None) -> int:
+        """Hand each reply to the callers of its ticket that still wait; return the number of tickets that were answered.
+
+        *saved* is the price of the call that a reply without one has saved each caller; None if there is none, or it is unknown.
+        """
         answered, reports = 0, self._listeners.settle is not None
         for ticket, reply in replies:
             future = ticket.future
             if ticket.waiters is not None:
-                answered += self._answer_each(ticket, reply, ticket.waiters)
+                answered += self._answer_each(ticket, reply, ticket.waiters, saved)
             elif not future.done():
                 if ticket.index is not None:
                     ticket.unlist()
@@ -82,18 +85,18 @@ class Settlement:
                 if ticket.deadline is not None:
                     ticket.deadline.cancel()
                 if reports:
-                    self._report(ticket, ticket, reply)
+                    self._report(ticket, ticket, reply, saved=saved)
                 answered += 1
         self._ledger.answered += answered
         self._admission.release(answered)
         return answered
 
-    def _answer_each(self, ticket: Ticket, reply: Reply[Any], waiters: dict[Waiter, None]) -> bool:
+    def _answer_each(self, ticket: Ticket, reply: Reply[Any], waiters: dict[Waiter, None], saved: float | None) -> bool:
         waiting = [waiter for waiter in waiters if not waiter.future.done()]
         if not waiting:
             return False
         ticket.unlist()
-        answered = {waiter: None for waiter in waiting if self._answer_copy(ticket, waiter, reply)}
+        answered = {waiter: None for waiter in waiting if self._answer_copy(ticket, waiter, reply, saved)}
         self._ledger.failed += len(waiting) - len(answered)
         if not answered:
             self._remove(ticket, waiting)
@@ -105,7 +108,7 @@ class Settlement:
         share_cost(ticket)
         return True
 
-    def _answer_copy(self, ticket: Ticket, waiter: Waiter, reply: Reply[Any]) -> bool:
+    def _answer_copy(self, ticket: Ticket, waiter: Waiter, reply: Reply[Any], saved: float | None) -> bool:
         """Answer one of several callers with a reply object of its own; return False if the answer does not fit its type."""
         output, text = reply.output, reply.text
         if waiter is not ticket:
@@ -129,7 +132,7 @@ class Settlement:
         waiter.future.set_result(mine)
         if waiter.deadline is not None:
             waiter.deadline.cancel()
-        self._report(ticket, waiter, mine)
+        self._report(ticket, waiter, mine, saved=saved)
         return True
 
     # --- errors
@@ -150,6 +153,9 @@ class Settlement:
         permit = None if ticket.call is None else ticket.call.permit
         failure = None if permit is None else permit.error
         latest = "" if failure is None else f"; the latest attempt failed: {type(failure).__name__}: {failure}"
+        account = ticket.queue.account if ticket.queue is not None else None if permit is None else permit.account
+        if account is not None and account.trouble is not None:
+            latest += f"; {account.trouble}"
         self._end(
             ticket, waiter, DeadlineExceeded(f"no answer within the timeout of {waiter.deadline.timeout:g} s{latest}")
         )
@@ -203,13 +209,25 @@ class Settlement:
             ticket.past.usage = None
 
     def _report(
-        self, ticket: Ticket, waiter: Waiter, reply: Reply[Any] | None = None, error: Exception | None = None
+        self,
+        ticket: Ticket,
+        waiter: Waiter,
+        reply: Reply[Any] | None = None,
+        error: Exception | None = None,
+        saved: float | None = None,
     ) -> None:
         """Report that *waiter* was answered with *reply*, ended with *error*, or left."""
         if self._listeners.settle is not None:
             now, model = self._now(), self._listeners.model
             event = settled(
-                ticket.spec, waiter.created, waiter.origin, now, default_model=model, reply=reply, error=error
+                ticket.spec,
+                waiter.created,
+                waiter.origin,
+                now,
+                default_model=model,
+                reply=reply,
+                error=error,
+                unbatched_cost_usd=saved,
             )
             self._listeners.settle(event)
 

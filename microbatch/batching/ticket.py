@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from microbatch.audit.lane_kind import LaneKind
     from microbatch.messages import Reply, Usage
     from microbatch.schema.answer_type import AnswerType
-    from microbatch.transports.accounts import Permit
+    from microbatch.transports.accounts import Account, Permit
 
 NEVER = float("inf")
 
@@ -206,6 +206,10 @@ class LookUp(Protocol):
 
 class TicketQueue(Protocol):
     """The queue in which a ticket waits to be sent."""
+
+    @property
+    def account(self) -> Account:
+        """The account that pays for its calls."""
 
     @property
     def due(self) -> object:

@@ -256,8 +256,8 @@ def add_endpoint(group: Group) -> None:
     add_prices(group)
 
 
-def add_connection(group: Group, key: str) -> None:
-    """Add the flags for the key, by default *key*, and the connections; see `OpenAIChat`."""
+def add_connection(group: Group, key: str, *, uds: str = "--uds") -> None:
+    """Add the flags for the key, by default *key*, and the connections, see `OpenAIChat`; *uds* is the flag of a Unix socket."""
     add_flag(group, "--api-key-env NAME", f"the environment variable that holds the key (default: {key})")
     command = "a command that prints the key; it is run without a shell, and again when the endpoint refuses the key"
     add_flag(group, "--api-key-command CMD", command)
@@ -277,12 +277,14 @@ def add_connection(group: Group, key: str) -> None:
     add_flag(group, "--max-header-bytes N", "longest header of a response", default=65_536)
     add_flag(group, "--proxy URL", "an HTTP proxy, as http://HOST:PORT")
     add_flag(group, "--trust-env", "take the proxy from HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY")
-    add_flag(group, "--uds PATH", "connect to a Unix socket; the address is a name only then")
+    add_flag(group, f"{uds} PATH", "connect to a Unix socket; the address is a name only then")
 
 
 def read_connection(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments `CONNECTION` of `OpenAIChat` as the flags have them; raise `UsageError` if a flag is repeated wrongly."""
     given = {name: getattr(args, name) for name in CONNECTION if name not in ("headers", "query")}
+    if hasattr(args, "upstream_uds"):  # of a server, whose own socket is --uds
+        given["uds"] = args.upstream_uds
     return {**given, "headers": read_pairs("--header", args.header), "query": read_pairs("--query", args.query)}
 
 
@@ -354,10 +356,12 @@ def _json(text: str) -> Any:
 
 
 def add_rate_limits(group: Group) -> None:
-    """Add `--rpm` and `--tpm`."""
+    """Add `--rpm`, `--tpm` and `--limit-store`."""
     tokens = "send at most N tokens in any minute, prompts and the answers reserved for them together"
     add_flag(group, "--rpm N", "send at most N requests in any minute")
     add_flag(group, "--tpm N", tokens)
+    store = "have --rpm and --tpm together with all processes that name the same Redis server, at redis://HOST:PORT/DB (default: alone)"
+    add_flag(group, "--limit-store URL", store)
 
 
 def add_prices(group: Group) -> None:

@@ -29,6 +29,7 @@ from microbatch.testing.clock import VirtualClockLoop
 from microbatch.testing.model import SimulatedModel
 from microbatch.testing.transport import SimulatedTransport
 from microbatch.transports.chat_wire import BatchWire
+from microbatch.transports.rate_limit import RateLimit
 
 if TYPE_CHECKING:
     import argparse
@@ -119,6 +120,8 @@ def dry_run(args: argparse.Namespace) -> int:
         cache=None if plan.cache is None else Guard(MemoryCache(), patience=CACHE_PATIENCE),
         audit=None,
         budget=None,
+        # Nothing is sent, so no permit is drawn from a store.
+        rate_limit=None if plan.rate_limit is None else RateLimit(rpm=plan.rate_limit.rpm, tpm=plan.rate_limit.tpm),
     )
     counted = _Counted(plan)
     bulk = BulkRun(args, played, source, counted.take)

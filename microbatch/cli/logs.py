@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import logging.handlers
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -55,7 +56,8 @@ def logging_to(args: argparse.Namespace) -> Generator[None]:
     try:
         if path is not None:
             try:
-                handlers.append(logging.FileHandler(path, encoding="utf-8"))
+                # Makes a file anew that logrotate has renamed.
+                handlers.append(logging.handlers.WatchedFileHandler(path, encoding="utf-8"))
             except OSError as error:
                 raise UsageError(f"--log-file: cannot write {path!r}: {error.strerror}") from None
             handlers[0].setFormatter(logging.Formatter(_FORM))

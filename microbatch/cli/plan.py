@@ -125,9 +125,14 @@ def read_policy(args: argparse.Namespace) -> FlushPolicy:
     return read_settings(args, FlushPolicy, max_batch_size=1)
 
 
-def read_rate_limit(args: argparse.Namespace) -> RateLimit | None:
-    """Return the limit of `--rpm` and `--tpm`; None if neither is given."""
-    return RateLimit(rpm=args.rpm, tpm=args.tpm) if args.rpm or args.tpm else None
+def read_rate_limit(args: argparse.Namespace, *, processes: int = 1) -> RateLimit | None:
+    """Return the limit of `--rpm`, `--tpm` and `--limit-store`, without a store its part for one of so many *processes*, or None."""
+    if args.rpm or args.tpm:
+        share = 1.0 if args.limit_store is not None else 1 / processes
+        return RateLimit(rpm=args.rpm, tpm=args.tpm, share=share, store=args.limit_store)
+    if args.limit_store is not None:
+        raise UsageError("--limit-store needs --rpm or --tpm")
+    return None
 
 
 def _simulated(args: argparse.Namespace) -> SimulatedChat:

@@ -26,7 +26,7 @@ from typing import Final, get_args
 from microbatch.cli import console
 from microbatch.cli.arguments import Group, add_flag, number
 from microbatch.cli.console import note, plural, report
-from microbatch.cli.stopping import listening
+from microbatch.cli.stopping import Server, listening
 from microbatch.testing.endpoint import SimulatedEndpoint
 from microbatch.testing.faults import ElementKind, Faults, On, TextKind, WireKind
 from microbatch.testing.mistakes import Mistakes
@@ -139,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace, endpoint: SimulatedEndpoint) -> int:
-    async with listening(args, endpoint.open, endpoint.aclose) as stopped:
+    where, remedy = f"{args.host}:{args.port}", "choose another --port, or 0 for a free one"
+    async with listening(Server(where, remedy, endpoint.open, endpoint.aclose)) as stopped:
         report(endpoint.base_url)
         note("A simulated endpoint listens there; any key and model name will do. Ctrl-C ends it. For example:")
         note(f"  microbatch run INPUT.jsonl -o OUTPUT.jsonl --base-url {endpoint.base_url} --model gpt-4.1-mini ...")

@@ -1,16 +1,16 @@
-"""Ctrl-C and SIGTERM end a command in order."""
+"""Ctrl-C and SIGTERM end a command in order, and SIGHUP lets a server read its files again."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from microbatch.cli.console import UsageError
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,23 +70,78 @@ def at_signals(*actions: Callable[[], None]) -> Generator[None]:
         usual()
 
 
-@contextlib.asynccontextmanager
-async def listening(
-    args: argparse.Namespace, start: Callable[[], Awaitable[object]], aclose: Callable[[], Awaitable[None]]
-) -> AsyncGenerator[asyncio.Event]:
-    """Open a server on `args.host` and `args.port` with *start*, and close it with *aclose* at the end of the block.
+@contextlib.contextmanager
+def at_hangup(reload: Callable[[], Awaitable[None]], stop: Callable[[], object]) -> Generator[asyncio.Event]:
+    """Call *reload* after each SIGHUP, once at a time; if the signal says that the terminal of the process is gone, call *stop*.
 
-    Yield an event that the first signal sets. Raise `UsageError` if the server cannot listen there.
+    Yield an event before which *reload* is not called.
+    """
+    loop = asyncio.get_running_loop()
+    terminals = [number for number in range(3) if os.isatty(number)]
+    begun, wanted = asyncio.Event(), asyncio.Event()
+
+    def act() -> None:
+        if terminals and not any(map(os.isatty, terminals)):
+            stop()
+        else:
+            wanted.set()
+
+    async def reload_when_wanted() -> None:
+        await begun.wait()
+        while await wanted.wait():
+            wanted.clear()
+            await reload()
+
+    with _unsupported:
+        loop.add_signal_handler(signal.SIGHUP, act)
+    task = loop.create_task(reload_when_wanted())
+    try:
+        yield begun
+    finally:
+        task.cancel()
+        with _unsupported:
+            loop.remove_signal_handler(signal.SIGHUP)
+
+
+class Server(NamedTuple):
+    """What `listening` opens and closes.
+
+    Attributes:
+        where: The address for messages.
+        remedy: Advice if it cannot listen there.
+        start: Opens the server.
+        aclose: Closes it.
+        reload: Called after SIGHUP; None leaves that signal its usual effect.
+        kill: Called at the second signal; None leaves that its usual effect.
+    """
+
+    where: str
+    remedy: str
+    start: Callable[[], Awaitable[object]]
+    aclose: Callable[[], Awaitable[None]]
+    reload: Callable[[], Awaitable[None]] | None = None
+    kill: Callable[[], None] | None = None
+
+
+@contextlib.asynccontextmanager
+async def listening(server: Server) -> AsyncGenerator[asyncio.Event]:
+    """Open *server*, and close it at the end of the block.
+
+    Yield an event that the first signal sets. Raise `UsageError` if the server cannot listen.
     """
     stopped = asyncio.Event()
-    with at_signals(stopped.set):
+    with contextlib.ExitStack() as signals:
+        signals.enter_context(at_signals(stopped.set, *([] if server.kill is None else [server.kill])))
+        begun = None
+        if server.reload is not None:
+            begun = signals.enter_context(at_hangup(server.reload, stopped.set))
         try:
-            await start()
+            await server.start()
         except OSError as error:
-            raise UsageError(
-                f"cannot listen on {args.host}:{args.port}: {error.strerror}; choose another --port, or 0 for a free one"
-            ) from None
+            raise UsageError(f"cannot listen on {server.where}: {error.strerror}; {server.remedy}") from None
         try:
+            if begun is not None:
+                begun.set()
             yield stopped
         finally:
-            await aclose()
+            await server.aclose()

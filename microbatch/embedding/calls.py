@@ -242,9 +242,11 @@ class EmbeddingCalls:
         return self._attribution.cost(call_state, completion, weights, weights)
 
     def _expense(self, tickets: Sequence[Ticket]) -> Expense:
-        """Return what a call for *tickets* is likely to cost."""
-        spec, count = tickets[0].spec, self._given.count
-        tokens = sum(estimate(ticket.text, count) if ticket.counted is None else ticket.counted for ticket in tickets)
+        """Return what a call for *tickets* is likely to cost; of many characters, what samples of them tell."""
+        spec = tickets[0].spec
+        counted = sum(ticket.counted for ticket in tickets if ticket.counted is not None)
+        uncounted = "".join(ticket.text for ticket in tickets if ticket.counted is None)
+        tokens = counted + (estimate(uncounted, self._given.count) if uncounted else 0)
         return Expense(Usage(tokens), spec.model, spec.tenant, False, spec.tier)
 
 

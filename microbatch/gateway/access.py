@@ -95,15 +95,11 @@ class Access:
                 f"with a key of its own and on {host}, the gateway would let other machines use that key: give it an access token "
                 "(--access-token-file), or listen on 127.0.0.1"
             )
-        if access_token is not None and (
-            not access_token.isascii() or not access_token.isprintable() or not access_token.strip()
-        ):
-            raise ConfigError("the access token must be one line of printable ASCII")
         checked(dict.fromkeys(lane_headers, ""))
         self._has_own_key = bool(api_key)
         # Of a function, the transport adds the key.
         self._own_headers = {"authorization": f"Bearer {api_key}"} if api_key and not callable(api_key) else {}
-        self._token = access_token.strip().encode() if access_token else None
+        self._token = None if access_token is None else check_token(access_token)
         self._lane_headers = _LANE_HEADERS | {name.lower() for name in lane_headers}
         self._hosts = {name.lower().strip("[]") for name in (*allowed_hosts, host)} | _LOOPBACK
         self._trust_tenant_header = trust_tenant_header
@@ -112,6 +108,10 @@ class Access:
     def __repr__(self) -> str:
         """Return the rules without keys."""
         return f"Access(own_key={self._has_own_key}, token={self._token is not None}, loopback={self.loopback})"
+
+    def replace_token(self, token: str) -> None:
+        """Take *token* in place of the one given before; raise `ConfigError` if it cannot be one."""
+        self._token = check_token(token)
 
     def check_host(self, request: web.Request) -> None:
         """Raise unless the Host header names this gateway."""
@@ -230,6 +230,13 @@ class Access:
                 code="wrong_access_token",
                 headers={"WWW-Authenticate": 'Basic realm="microbatch", charset="UTF-8"'},
             )
+
+
+def check_token(token: str) -> bytes:
+    """Return *token* as it is compared; raise `ConfigError` if it cannot be one."""
+    if not token.isascii() or not token.isprintable() or not token.strip():
+        raise ConfigError("the access token must be one line of printable ASCII")
+    return token.strip().encode()
 
 
 def _no_key() -> GatewayError:

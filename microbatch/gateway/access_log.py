@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import select
+import stat
 import sys
 import threading
 from datetime import UTC, datetime
@@ -33,6 +35,9 @@ _encode: Final = msgspec.json.Encoder().encode
 class AccessLog:
     """Writes lines in a thread, so that a slow disk or a pipe that is not read delays no request.
 
+    Several processes may write to one file or pipe: no line is torn. A file that was renamed or removed, as by logrotate, is made
+    anew with the next line.
+
     Args:
         path: The file, to whose end lines are added, or "-" for standard output.
 
@@ -51,6 +56,7 @@ class AccessLog:
         self._thread: threading.Thread | None = None
         self._failed = False
         self._closed = False
+        self._at_once = _most_at_once(self._file)
 
     def write(self, record: Served) -> None:
         """Add the line of *record*; a log that is closed drops it."""
@@ -107,19 +113,62 @@ class AccessLog:
             self._file = None
 
     def _write(self, lines: list[bytes]) -> None:
-        left = memoryview(b"".join(lines))
+        written = 0
         try:
             if self._file is None:
-                sys.stdout.write(bytes(left).decode())
+                sys.stdout.write(b"".join(lines).decode())
                 sys.stdout.flush()
                 return
-            while left:
-                left = left[os.write(self._file, left) :]
-        except (OSError, ValueError) as error:  # ValueError: the stream is closed
-            self.dropped += len(lines)
+            self._reopen_if_renamed()
+            while written < len(lines):
+                piece = _beginning(lines, written, self._at_once)
+                self._write_whole(b"".join(piece))
+                written += len(piece)
+        except (OSError, ValueError, ConfigError) as error:  # ValueError: the stream is closed
+            self.dropped += len(lines) - written
             if not self._failed:
                 self._failed = True
                 logger.warning("the access log cannot be written to %s: %s", self._name, error)
+
+    def _write_whole(self, text: bytes) -> None:
+        left = memoryview(text)
+        while left and self._file is not None:
+            left = left[os.write(self._file, left) :]
+
+    def _reopen_if_renamed(self) -> None:
+        if self.path == STDOUT or self._file is None:
+            return
+        mine = os.fstat(self._file)
+        try:
+            there = os.stat(self.path)  # noqa: PTH116 with the descriptor's above
+        except FileNotFoundError:
+            there = None
+        if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
+            opened = _open(self.path)
+            os.close(self._file)
+            self._file = opened
+
+
+def check_log(path: str) -> None:
+    """Raise `ConfigError` if there can be no access log at *path*."""
+    opened = _open(path)
+    if opened is not None:
+        os.close(opened)
+
+
+def _most_at_once(file: int | None) -> int:
+    """Return how many bytes a write may have so that no other process' come between them."""
+    regular = file is None or stat.S_ISREG(os.fstat(file).st_mode)
+    return sys.maxsize if regular else select.PIPE_BUF
+
+
+def _beginning(lines: list[bytes], first: int, most: int) -> list[bytes]:
+    """Return the lines from *first* on that have at most *most* bytes together, or the first one if it has more."""
+    end, size = first + 1, len(lines[first])
+    while end < len(lines) and size + len(lines[end]) <= most:
+        size += len(lines[end])
+        end += 1
+    return lines[first:end]
 
 
 def _open(path: str) -> int | None:

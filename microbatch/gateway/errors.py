@@ -56,6 +56,7 @@ _WORDS: Final[Sequence[tuple[str, str]]] = (
     (r"\bbase_url\b=?", "--upstream"),
     (r"\bquery=", "--query"),
     (r"\b(rpm|tpm)=", r"--\1"),
+    (r"\btls_(cert|key)\b=?", r"--tls-\1"),
     (r"\(timeout\)", "(--upstream-timeout)"),
     (r" ?in headers=|; use headers= for credentials", ""),
     (r"\boutput_type\b", "response_format"),
@@ -140,6 +141,13 @@ def _over_budget(error: BudgetExceeded) -> GatewayError:
         # Clients would retry a 429 by themselves.
         headers={"x-should-retry": "false"} | ({} if left is None else {"Retry-After": str(math.ceil(left))}),
     )
+
+
+def from_aiohttp(error: web.HTTPException, request: web.Request) -> GatewayError:
+    """Return one of aiohttp's own errors (404, 405, 413) in OpenAI's shape."""
+    headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+    message = f"Invalid URL or method ({request.method} {request.path}); the API is below /v1/"
+    return GatewayError(error.status, message, code="not_found", headers=headers)
 
 
 def in_flags(message: str) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from array import array
 from collections import deque
-from operator import add
-from typing import TYPE_CHECKING, Any, Final
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import msgspec
 
 from microbatch.gateway.served import DISCONNECTED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from microbatch.accounting.events import Called, Settled
     from microbatch.accounting.labels import CallerLabels
@@ -25,53 +26,64 @@ SLICE: Final = 10.0
 GROUP_SLICE: Final = 300.0
 """Seconds of a slice of the figures by model and caller, which are shown for the hour as a whole."""
 
+_MOST_ROWS: Final = int(HOUR / SLICE)
 _GROUP_SLICES: Final = int(HOUR / GROUP_SLICE)
 _SHORTEST: Final = 0.001
 _BINS_A_DECADE: Final = 20
 _BINS: Final = 6 * _BINS_A_DECADE + 1
 
 
-class Latencies:
-    """A histogram of times from 1 ms to 1,000 s, whose percentiles are within 6 %; longer and shorter times count as these."""
+class Latencies(msgspec.Struct):
+    """A histogram of times from 1 ms to 1,000 s, whose percentiles are within 6 %; longer and shorter times count as these.
 
-    def __init__(self) -> None:
-        self._bins = array("L", bytes(array("L").itemsize * _BINS))
+    Attributes:
+        bins: Number of times by their place on a logarithmic scale, of those with any.
+    """
+
+    bins: dict[int, int] = {}
 
     def add(self, seconds: float) -> None:
         """Count a time."""
-        place = math.log10(max(seconds, _SHORTEST) / _SHORTEST) * _BINS_A_DECADE
-        self._bins[min(_BINS - 1, int(place))] += 1
+        place = min(_BINS - 1, int(math.log10(max(seconds, _SHORTEST) / _SHORTEST) * _BINS_A_DECADE))
+        self.bins[place] = self.bins.get(place, 0) + 1
 
     def add_all(self, other: Latencies) -> None:
         """Count the times that *other* has counted."""
-        self._bins = array("L", map(add, self._bins, other._bins))
+        for place, times in other.bins.items():
+            self.bins[place] = self.bins.get(place, 0) + times
 
     def percentile(self, share: float) -> float | None:
         """Return a time that *share* of those counted do not exceed; None if there are none."""
-        rank = math.ceil(share * sum(self._bins))
-        if not rank:
-            return None
-        place = 0
-        while rank > self._bins[place]:
-            rank -= self._bins[place]
-            place += 1
-        return float(_SHORTEST * 10.0 ** ((place + 0.5) / _BINS_A_DECADE))
+        rank = math.ceil(share * sum(self.bins.values()))
+        for place in sorted(self.bins):
+            rank -= self.bins[place]
+            if rank <= 0:
+                return float(_SHORTEST * 10.0 ** ((place + 0.5) / _BINS_A_DECADE))
+        return None
 
 
-class Figures:
-    """The counts of a slice of time, of all requests or of those of one group."""
+class Figures(msgspec.Struct):
+    """The counts of a slice of time, of all requests or of those of one group.
 
-    __slots__ = ("calls", "cost_usd", "errors", "latencies", "requests", "saved_usd", "unbatched", "unpriced")
+    Attributes:
+        requests: Requests that have ended.
+        errors: Those of them that have failed.
+        calls: Attempts of calls.
+        unbatched: Calls that the same would have taken one by one.
+        cost_usd: Dollars of the calls with a price; None if there are none.
+        saved_usd: Dollars that combining and the cache have saved; None likewise.
+        unpriced: Calls that reported tokens and have no price.
+        latencies: Times until answers were complete.
+    """
 
-    def __init__(self) -> None:
-        self.requests: int = 0
-        self.errors: int = 0
-        self.calls: int = 0
-        self.unbatched: int = 0  # calls that the same would have taken one by one
-        self.cost_usd: float | None = None  # of the calls with a price
-        self.saved_usd: float | None = None
-        self.unpriced: int = 0  # calls that reported tokens and have no price
-        self.latencies: Latencies = Latencies()
+    requests: int = 0
+    errors: int = 0
+    calls: int = 0
+    unbatched: int = 0
+    cost_usd: float | None = None
+    saved_usd: float | None = None
+    unpriced: int = 0
+    latencies: Latencies = msgspec.field(default_factory=Latencies)
 
     def add(self, other: Figures) -> None:
         """Add the figures of another slice."""
@@ -118,28 +130,82 @@ def _sum(one: float | None, other: float | None) -> float | None:
     return one if other is None else other + (one or 0.0)
 
 
+Slices: TypeAlias = list[tuple[int, dict[str, Figures]]]
+"""Figures by name, for slices of time by number."""
+
+
+class HourState(msgspec.Struct):
+    """What one process, or several together, have counted in the last hour.
+
+    Attributes:
+        began: When counting began; the slices are numbered from there.
+        rows: Figures for each slice by number, in order; the last one is under way.
+        models: Figures by model, in longer slices.
+        callers: Figures by caller, likewise.
+    """
+
+    began: float
+    rows: list[tuple[int, Figures]]
+    models: Slices
+    callers: Slices
+
+    def add(self, other: HourState) -> None:
+        """Add the figures of another process, for which counting began at the same time."""
+        totals = dict(self.rows)
+        for number, figures in other.rows:
+            totals.setdefault(number, Figures()).add(figures)
+        self.rows = sorted(totals.items(), key=itemgetter(0))[-_MOST_ROWS:]
+        for mine, others in ((self.models, other.models), (self.callers, other.callers)):
+            by_number = dict(mine)
+            for number, groups in others:
+                _add_groups(by_number.setdefault(number, {}), groups)
+            mine[:] = sorted(by_number.items(), key=itemgetter(0))[-_GROUP_SLICES:]
+
+    def shown(self, now: float) -> dict[str, Any]:
+        """Return the last hour at the time *now*.
+
+        `age` is the time since the start, and `seconds` the length of a slice. `slices` are those in which anything happened, each
+        with its beginning in seconds since the start and the figures of `Figures.shown`; the last one is under way. `models` and
+        `callers` are the same figures, for at most an hour, of those with a name here and of all others, after their names.
+        """
+        age = now - self.began
+        oldest = int(age // SLICE) - _MOST_ROWS
+        return {
+            "age": age,
+            "seconds": SLICE,
+            "slices": [(number * SLICE, *figures.shown()) for number, figures in self.rows if number > oldest],
+            "models": _shown_groups(self.models, age),
+            "callers": _shown_groups(self.callers, age),
+        }
+
+
+def _add_groups(totals: dict[str, Figures], groups: Mapping[str, Figures]) -> None:
+    for name, figures in groups.items():
+        totals.setdefault(name, Figures()).add(figures)
+
+
+def _shown_groups(slices: Slices, age: float) -> list[tuple[Any, ...]]:
+    """Return each name, with its figures in the hour before *age*, those with most requests first."""
+    first = int(age // GROUP_SLICE) - _GROUP_SLICES + 1
+    totals: dict[str, Figures] = {}
+    for number, groups in slices:
+        if number >= first:
+            _add_groups(totals, groups)
+    return sorted(((name, *total.shown()) for name, total in totals.items()), key=lambda row: (-row[1], row[0]))
+
+
 class Groups:
     """Figures by name, for the slices of the last hour."""
 
     def __init__(self) -> None:
-        self._slices: deque[tuple[int, dict[str, Figures]]] = deque(maxlen=_GROUP_SLICES)
+        self.slices: deque[tuple[int, dict[str, Figures]]] = deque(maxlen=_GROUP_SLICES)
 
     def at(self, age: float, name: str) -> Figures:
         """Return the figures of *name* in the slice of *age*, in seconds since the start."""
         number = int(age // GROUP_SLICE)
-        if not self._slices or self._slices[-1][0] != number:
-            self._slices.append((number, {}))
-        return self._slices[-1][1].setdefault(name, Figures())
-
-    def shown(self, age: float) -> list[tuple[Any, ...]]:
-        """Return each name, with its figures in the hour before *age*, those with most requests first."""
-        first = int(age // GROUP_SLICE) - _GROUP_SLICES + 1
-        totals: dict[str, Figures] = {}
-        for number, groups in self._slices:
-            if number >= first:
-                for name, figures in groups.items():
-                    totals.setdefault(name, Figures()).add(figures)
-        return sorted(((name, *total.shown()) for name, total in totals.items()), key=lambda row: (-row[1], row[0]))
+        if not self.slices or self.slices[-1][0] != number:
+            self.slices.append((number, {}))
+        return self.slices[-1][1].setdefault(name, Figures())
 
 
 class Hour:
@@ -154,7 +220,7 @@ class Hour:
         self._labels = labels
         self._now = now
         self._began = now()
-        self._rows: deque[tuple[Any, ...]] = deque(maxlen=int(HOUR / SLICE))
+        self._rows: deque[tuple[int, Figures]] = deque(maxlen=_MOST_ROWS)
         self._number = 0  # of the slice under way
         self._slice = Figures()
         self._models = Groups()
@@ -189,26 +255,20 @@ class Hour:
         age = self._now() - self._began
         number = int(age // SLICE)
         if number != self._number:
-            self._rows.append(self._row())
+            self._rows.append((self._number, self._slice))
             self._number, self._slice = number, Figures()
         return age
 
-    def _row(self) -> tuple[Any, ...]:
-        return (self._number * SLICE, *self._slice.shown())
+    def begin_at(self, began: float) -> None:
+        """Number the slices from the time *began*, as other processes do; to be called before anything is counted."""
+        self._began = began
+
+    def state(self) -> HourState:
+        """Return what was counted in the last hour."""
+        self._advance()
+        rows = [*self._rows, (self._number, self._slice)]
+        return HourState(self._began, rows, list(self._models.slices), list(self._callers.slices))
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the last hour.
-
-        `age` is the time since the start, and `seconds` the length of a slice. `slices` are those in which anything happened, each
-        with its beginning in seconds since the start and the figures of `Figures.shown`; the last one is under way. `models` and
-        `callers` are the same figures, for at most an hour, of those with a name here and of all others, after their names.
-        """
-        age = self._advance()
-        oldest = self._number * SLICE - HOUR
-        return {
-            "age": age,
-            "seconds": SLICE,
-            "slices": [*(row for row in self._rows if row[0] > oldest), self._row()],
-            "models": self._models.shown(age),
-            "callers": self._callers.shown(age),
-        }
+        """Return the last hour, see `HourState.shown`."""
+        return self.state().shown(self._now())

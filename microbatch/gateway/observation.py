@@ -11,9 +11,11 @@ from microbatch.accounting.live import LiveFigures
 from microbatch.accounting.prometheus import PrometheusHooks
 from microbatch.errors import ConfigError
 from microbatch.gateway.hour import Hour
+from microbatch.gateway.report import Report
 from microbatch.gateway.served import DISCONNECTED, UPSTREAM
 
 if TYPE_CHECKING:
+    from microbatch.accounting.stats import Stats
     from microbatch.client import Microbatcher
     from microbatch.gateway.access_log import AccessLog
     from microbatch.gateway.served import Served
@@ -90,9 +92,14 @@ class Observation:
         self._unsettled.add(task)
         task.add_done_callback(self._unsettled.discard)
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return the latest figures, and those of the last hour as `hour`."""
-        return {**self._live.snapshot(), "hour": self._hour.snapshot()}
+    def begin_at(self, began: float) -> None:
+        """Count the last hour from the monotonic time *began*, as other processes do."""
+        self._hour.begin_at(began)
+
+    def report(self, stats: Stats) -> Report:
+        """Return what was counted, beside *stats*, those of the batcher."""
+        families = [] if self.metrics is None else self.metrics.export()
+        return Report(stats, self._live.state(), self._hour.state(), families)
 
     async def aclose(self) -> None:
         """Close the log; the batcher must have been closed, so that all calls have ended."""

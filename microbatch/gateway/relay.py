@@ -102,9 +102,12 @@ class Relay:
             ) as answer:
                 response = _response(answer)
                 await response.prepare(request)
-                if request.method != "HEAD" and answer.status not in _NO_BODY:
-                    async for chunk in answer:
-                        await self.write(response, chunk)
+                try:
+                    if request.method != "HEAD" and answer.status not in _NO_BODY:
+                        async for chunk in answer:
+                            await self.write(response, chunk)
+                finally:
+                    record.spent = None if answer.spent is None else answer.spent()
         except MicrobatchError as error:
             if response is None:
                 raise translate(error, relayed=True) from error

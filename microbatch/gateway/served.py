@@ -14,7 +14,7 @@ from microbatch.accounting.labels import tenant_name
 from microbatch.errors import MicrobatchError, RequestFailed, mask
 
 if TYPE_CHECKING:
-    from microbatch.messages import Reply
+    from microbatch.messages import Reply, Usage
 
 ID_HEADER: Final = "X-Request-Id"
 OWN_ID_HEADER: Final = "X-Microbatch-Request-Id"
@@ -46,6 +46,8 @@ class Served(msgspec.Struct, kw_only=True, eq=False):
         model: The model that it names, else the gateway's; None if not known.
         forwarded: Whether it was relayed.
         reply: The batcher's reply; None for a request that was relayed, or not answered.
+        spent: The usage that the endpoint reported for a relayed request, and its price in US dollars, None if that is unknown; None if
+            it reported none.
         upstream_id: The endpoint's id of the call.
         status: The status of the answer; 499 if the connection ended before.
         reason: Why it failed: a class of errors, or a code of the gateway's own; None if it has not.
@@ -63,6 +65,7 @@ class Served(msgspec.Struct, kw_only=True, eq=False):
     model: str | None = None
     forwarded: bool = False
     reply: Reply[Any] | None = None
+    spent: tuple[Usage, float | None] | None = None
     upstream_id: str | None = None
     status: int = 0
     reason: str | None = None
@@ -128,15 +131,16 @@ class Served(msgspec.Struct, kw_only=True, eq=False):
             "tenant": None if self.tenant is None else tenant_name(self.tenant),
         }
         if reply is not None:
-            usage = reply.usage
+            fields |= {"batch_size": reply.batch_size, "waited": round(reply.waited, 6)}
+        spent = self.spent if reply is None else (reply.usage, reply.cost_usd)
+        if spent is not None:
+            usage, cost_usd = spent
             fields |= {
-                "batch_size": reply.batch_size,
-                "waited": round(reply.waited, 6),
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens,
                 "completion_tokens": usage.completion_tokens,
                 "estimated": usage.estimated,
-                "cost_usd": reply.cost_usd,
+                "cost_usd": cost_usd,
             }
         return fields
 
@@ -144,7 +148,7 @@ class Served(msgspec.Struct, kw_only=True, eq=False):
 _KEY: Final = web.RequestKey("microbatch.served", Served)
 
 
-def begin(request: web.Request, *, page: bool) -> Served:
+def begin(request: web.BaseRequest, *, page: bool) -> Served:
     """Return the record of *request*, which has arrived; `served` finds it again."""
     given = request.headers.get(ID_HEADER, "")
     id_given = _ID.fullmatch(given) is not None and mask(given) == given
@@ -160,12 +164,12 @@ def begin(request: web.Request, *, page: bool) -> Served:
     return record
 
 
-def served(request: web.Request) -> Served:
+def served(request: web.BaseRequest) -> Served:
     """Return the record of *request*."""
     return request[_KEY]
 
 
-def is_recorded(request: web.Request) -> bool:
+def is_recorded(request: web.BaseRequest) -> bool:
     """Return whether *request* has a record."""
     return _KEY in request
 

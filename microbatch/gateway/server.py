@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import secrets
 import traceback
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, Self
 
+import msgspec
 from aiohttp import web
 from aiohttp.http import SERVER_SOFTWARE
 
+from microbatch.accounting.prices import PriceTable
 from microbatch.checking import check_given, checks_arguments
 from microbatch.client import Microbatcher
 from microbatch.errors import BatcherClosed, ConfigError, MicrobatchError, Overloaded
-from microbatch.gateway.access import Access
+from microbatch.gateway.access import Access, check_token
 from microbatch.gateway.access_log import AccessLog
+from microbatch.gateway.certificate import Certificate
 from microbatch.gateway.chat import ChatRoute
-from microbatch.gateway.dashboard import figures, show_dashboard
+from microbatch.gateway.connections import Connections
+from microbatch.gateway.cors import Cors
+from microbatch.gateway.crew import Lifecycle
+from microbatch.gateway.dashboard import show_dashboard
 from microbatch.gateway.embeddings import EmbeddingsRoute
-from microbatch.gateway.errors import GatewayError, translate
+from microbatch.gateway.errors import GatewayError, from_aiohttp, translate
 from microbatch.gateway.observation import Observation
+from microbatch.gateway.own_pages import OwnPages
+from microbatch.gateway.place import Place
 from microbatch.gateway.relay import Relay
+from microbatch.gateway.secret import secret_of
 from microbatch.gateway.served import begin, is_recorded, reason_of, served
 from microbatch.gateway.settings import GatewaySettings
 from microbatch.gateway.upstream import API, AZURE, Upstream
-from microbatch.listening import close_runner
 from microbatch.openai.embedding import HARMLESS_FIELDS
 from microbatch.policy import FlushPolicy
 from microbatch.prompt.parameters import HARMLESS
@@ -38,25 +45,17 @@ from microbatch.transports.openai_chat import OpenAIChat
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from microbatch.accounting.prices import Price
     from microbatch.accounting.stats import Stats
+    from microbatch.gateway.crew import Crew
+    from microbatch.gateway.report import Report
     from microbatch.gateway.served import Served
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 logger: Final = logging.getLogger("microbatch")
 
-# aiohttp's own log quotes what it cannot parse, including headers with keys.
-_silent: Final = logging.Logger("microbatch.gateway.silent")  # noqa: LOG001 it must have no parent to pass records to
-_silent.addHandler(logging.NullHandler())
-
-CLOSING_SECONDS: Final = 5.0
-"""Seconds in which clients have to read their answers when the gateway closes."""
-
-KEEPALIVE: Final = 75.0
-"""Seconds for which a connection may be idle, also before its first request."""
-
-SECRET_SECONDS: Final = 1.0
-"""Seconds to wait for the secret of a shared cache."""
+_GATEWAY_FAILED: Final = 500
 
 
 class Gateway:
@@ -74,6 +73,11 @@ class Gateway:
             deployment.
         host: Address to listen on.
         port: Port to listen on; 0 for a free one.
+        uds: Path of a Unix socket to listen on, in place of host and port. One that a process has left behind is replaced.
+        uds_mode: Permissions of that socket.
+        tls_cert: File with a TLS certificate in PEM, and those that lead to its issuer; None for no encryption.
+        tls_key: File with its key in PEM, not encrypted; None if the key is in *tls_cert*.
+        cors_origins: Origins whose web pages may use the API, as "https://app.example".
         model: Model for chat completions that name none; None refuses those.
         query: Query parameters of every call to the upstream, such as Azure's `api-version`; those of a client take precedence.
         api_key: Key for callers without one, who may use chat completions, embeddings and the list of models only; or a function that
@@ -94,8 +98,8 @@ class Gateway:
 
     Attributes:
         host: As given.
-        port: The port in use.
         batcher: The batcher.
+        connections: The connections of clients.
 
     Raises:
         ConfigError: A setting is wrong, or would let other machines use *api_key*.
@@ -108,6 +112,11 @@ class Gateway:
         *,
         host: str = "127.0.0.1",
         port: int = 0,
+        uds: str | None = None,
+        uds_mode: int = 0o600,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        cors_origins: Collection[str] = (),
         model: str | None = None,
         query: Mapping[str, str] | None = None,
         api_key: str | KeyFunction | None = None,
@@ -123,10 +132,14 @@ class Gateway:
     ) -> None:
         check_given(Microbatcher.__init__, batcher)
         self.host = host
-        self.port: int = port
+        self._life = Lifecycle()
+        self._certificate = _certificate(tls_cert, tls_key)
+        place = Place(host=host, port=port, uds=uds, uds_mode=uds_mode)
+        self.connections: Connections = Connections(place, self._certificate, self._refuse_unreadable)
+        self._cors = Cors(cors_origins)
         self._settings = settings if settings is not None else GatewaySettings()
         self._access = Access(
-            host=host,
+            host=host if uds is None else "localhost",
             api_key=api_key,
             access_token=access_token,
             lane_headers=lane_headers,
@@ -134,21 +147,16 @@ class Gateway:
             trust_tenant_header=self._settings.trust_tenant_header,
         )
         self._upstream = Upstream(upstream, query)
-        transport = self._transport(model, api_key, query, batcher.get("policy"), connection or {})
+        self._transport = self._make_transport(model, api_key, query, batcher.get("policy"), connection or {})
+        prices = batcher.pop("prices", None) or {}
+        self._prices = prices if callable(prices) else PriceTable(prices)
         self._observed = Observation(None if access_log is None else AccessLog(access_log))
-        self.batcher: Microbatcher = Microbatcher(
-            transport, **{**batcher, "hooks": [*batcher.get("hooks", ()), *self._observed.hooks]}
-        )
-        self._observed.watch(self.batcher)
-        if self.batcher.audits is not None:
-            self.batcher.audits.callers_pay = self._access.callers_pay
-        if self.batcher.look_ups is not None:
-            self.batcher.look_ups.checks.callers_pay = self._access.callers_pay
+        self.batcher: Microbatcher = self._make_batcher(batcher)
         self._cache = batcher.get("cache")
         self._secret = secret
-        own = {"/stats": self._stats, "/metrics": self._show_metrics, "/dashboard": show_dashboard}
-        self._pages: dict[str, Handler] = {**own, **(pages or {})}
-        self._open_pages: dict[str, Handler] = {"/healthz": self._health, "/readyz": self._ready}
+        self._open_pages: dict[str, Handler] = {}
+        self._pages: dict[str, Handler] = {}
+        self._add_pages(pages or {})
         self._relay = Relay(self.batcher, self._settings.client_timeout)
         policy = batcher.get("policy") or FlushPolicy()
         shared = (self.batcher, self._access, self._relay, self._settings)
@@ -158,10 +166,23 @@ class Gateway:
         self._embeddings = EmbeddingsRoute(*shared, embedding_model, harmless)
         self._routes = {CHAT_COMPLETIONS: self._chat.serve, EMBEDDINGS: self._embeddings.serve}
         self._serving = 0  # requests of the API
-        self._draining = False  # the gateway is closing and takes no further requests of the API
-        self._runner: web.AppRunner | None = None
 
-    def _transport(
+    def _make_batcher(self, options: dict[str, Any]) -> Microbatcher:
+        hooks = [*options.pop("hooks", ()), *self._observed.hooks]
+        batcher = Microbatcher(self._transport, prices=self._prices, hooks=hooks, **options)
+        self._observed.watch(batcher)
+        if batcher.audits is not None:
+            batcher.audits.callers_pay = self._access.callers_pay
+        if batcher.look_ups is not None:
+            batcher.look_ups.checks.callers_pay = self._access.callers_pay
+        return batcher
+
+    def _add_pages(self, pages: Mapping[str, Handler]) -> None:
+        own = OwnPages(self._life, self.report, self._observed.metrics)
+        self._open_pages = {"/healthz": own.health, "/readyz": own.ready}
+        self._pages = {"/stats": own.stats, "/metrics": own.metrics, "/dashboard": show_dashboard, **pages}
+
+    def _make_transport(
         self,
         model: str | None,
         api_key: str | KeyFunction | None,
@@ -185,8 +206,9 @@ class Gateway:
 
     def __repr__(self) -> str:
         """Return the address and the state, without keys."""
-        state = "closing" if self._draining else "open" if self._runner is not None else "not listening"
-        return f"Gateway({self.host}:{self.port}, {state}, serving={self._serving})"
+        state = "closing" if self._life.draining else "open" if self.connections.open else "not listening"
+        place = self.connections.place.uds or f"{self.host}:{self.port}"
+        return f"Gateway({place}, {state}, serving={self._serving})"
 
     @property
     def base_url(self) -> str:
@@ -195,19 +217,22 @@ class Gateway:
         Raises:
             ConfigError: The gateway has no port before it is opened.
         """
-        if not self.port:
+        if not self.connections.origin:
             raise ConfigError("a Gateway has no base_url before it is opened")
-        host = f"[{self.host}]" if ":" in self.host else self.host  # RFC 3986: IPv6 addresses in brackets
-        return f"http://{host}:{self.port}/v1"
+        return f"{self.connections.origin}/v1"
+
+    @property
+    def port(self) -> int:
+        """The port in use; before the gateway is opened, as given."""
+        return self.connections.port
 
     def stats(self) -> Stats:
         """Return the batcher's figures so far."""
         return self.batcher.stats()
 
-    @property
-    def texts(self) -> int:
-        """Texts that clients have asked the vectors of; they are among the items of the figures."""
-        return self._embeddings.texts
+    def report(self) -> Report:
+        """Return what this process has counted."""
+        return msgspec.structs.replace(self._observed.report(self.batcher.stats()), texts=self._embeddings.texts)
 
     # --- lifecycle
 
@@ -236,29 +261,30 @@ class Gateway:
         """Open the batcher and listen.
 
         Raises:
-            OSError: The port is taken.
+            OSError: The port or the Unix socket is taken.
             BatcherClosed: It was opened before; a gateway is used once.
         """
-        if self._runner is not None:
-            raise BatcherClosed("a Gateway is opened once; make a new one")
-        runner = web.AppRunner(
-            self.make_application(),
-            handler_cancellation=True,
-            auto_decompress=False,
-            access_log=None,
-            logger=_silent,
-            keepalive_timeout=KEEPALIVE,
-            shutdown_timeout=CLOSING_SECONDS,
-        )
-        await runner.setup()
+        await self.start()
         try:
-            await web.TCPSite(runner, self.host, self.port).start()
+            await self.connections.listen()
         except BaseException:
-            await runner.cleanup()
+            await self.connections.close()
             raise
-        self._runner = runner
-        self.port = runner.addresses[0][1]
         return self
+
+    async def start(self, crew: Crew | None = None, began: float | None = None) -> None:
+        """Open the batcher without listening: another process accepts connections, and they are added to `connections`.
+
+        Args:
+            crew: The workers of which this gateway is one; None if it is alone.
+            began: Monotonic time at which the first of them began.
+        """
+        self._life.crew = crew
+        if began is not None:
+            self._observed.begin_at(began)
+        if self.connections.open:
+            raise BatcherClosed("a Gateway is opened once; make a new one")
+        await self.connections.start(self.make_application())
 
     async def aclose(self, grace: float | None = 30.0) -> None:
         """Take no more requests, answer those under way, and stop listening.
@@ -268,10 +294,43 @@ class Gateway:
         Args:
             grace: Seconds to wait for answers, after which the remaining requests fail. None waits as long as their deadlines allow.
         """
-        self._draining = True
+        await self.drain(grace)
+        await self.connections.close()
+
+    async def drain(self, grace: float | None) -> None:
+        """Take no more requests and answer those under way, as `aclose` does, but go on refusing what comes."""
+        self._life.draining = True
         await self.batcher.aclose(grace)
-        if self._runner is not None:
-            await close_runner(self._runner)
+
+    async def retire(self, patience: float) -> None:
+        """Serve what comes on the connections there are, and close each after an answer; no further ones may be added.
+
+        Return when there are none left. Idle ones are closed after *patience* seconds.
+        """
+        self._life.retiring = True
+        await self.connections.all_closed(patience)
+
+    def reload(self, *, prices: Mapping[str, Price] | None = None, access_token: str | None = None) -> None:
+        """Take settings that have changed, without disturbing any request.
+
+        The files of the TLS certificate are read again, and a function that returns the key is called again.
+
+        Args:
+            prices: In place of those given before, unless these are a function; None keeps them.
+            access_token: Likewise.
+
+        Raises:
+            ConfigError: One of them, or a file, is wrong; nothing has changed.
+        """
+        if access_token is not None:
+            check_token(access_token)
+        if self._certificate is not None:
+            self._certificate.reload()
+        if prices is not None and isinstance(self._prices, PriceTable):
+            self._prices.replace(prices)
+        if access_token is not None:
+            self._access.replace_token(access_token)
+        self._transport.renew_key()
 
     async def __aenter__(self) -> Self:
         return await self.open()
@@ -282,31 +341,15 @@ class Gateway:
     async def _open_batcher(self, _application: web.Application) -> None:
         await self.batcher.open()
         try:
-            self._access.secret = self._secret or await self._shared_secret() or secrets.token_bytes(32)
+            self._access.secret = self._secret or await secret_of(self._cache) or secrets.token_bytes(32)
         except BaseException:
             await self.batcher.aclose(0)  # aiohttp does not clean up after a failed startup
             raise
 
     async def _close_batcher(self, _application: web.Application) -> None:
-        self._draining = True
+        self._life.draining = True
         await self.batcher.aclose()
         await self._observed.aclose()
-
-    async def _shared_secret(self) -> bytes | None:
-        """Return a secret derived from the cache's; None if it has none, or cannot be reached."""
-        draw = getattr(self._cache, "secret", None)
-        if draw is None:
-            return None
-        try:
-            async with asyncio.timeout(SECRET_SECONDS):
-                return hmac.digest(await draw(), b"microbatch gateway tenants", "sha256")
-        except Exception as error:  # noqa: BLE001 the gateway works without the store, whatever it raises
-            logger.warning(
-                "the cache cannot be reached (%s): until it is restarted, this gateway finds no answers that other gateways cached for "
-                "their tenants; secret= or --secret-file avoids this",
-                type(error).__name__,
-            )
-            return None
 
     # --- all requests
 
@@ -322,8 +365,9 @@ class Gateway:
         finally:
             record.seconds = asyncio.get_running_loop().time() - record.began
             self._observed.add(record)
-        if self._draining:
-            response.force_close()  # a stream that began before draining has sent its headers
+        if self._life.draining:
+            # A stream that began before has sent its headers. While the gateway retires, the next request on its connection is served.
+            response.force_close()
         return response
 
     def _begin(self, request: web.Request) -> Served:
@@ -332,6 +376,11 @@ class Gateway:
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             self._access.check_host(request)
+            if (
+                request.path.startswith((API, AZURE))
+                and (preflight := self._cors.answer_preflight(request)) is not None
+            ):
+                return preflight
             return await (self._admit(request, handler) if request.path.startswith((API, AZURE)) else handler(request))
         except GatewayError as error:
             served(request).fail(reason_of(error, error.error["code"]))
@@ -340,7 +389,7 @@ class Gateway:
             served(request).fail(error)
             return translate(error).response()
         except web.HTTPException as error:
-            refusal = _from_aiohttp(error, request)
+            refusal = from_aiohttp(error, request)
             served(request).fail(reason_of(refusal, refusal.error["code"]))
             return refusal.response()
         except (ConnectionError, asyncio.CancelledError):
@@ -355,7 +404,7 @@ class Gateway:
 
     async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Answer a request of the API, unless the gateway is closing or full."""
-        if self._draining:
+        if self._life.draining:
             raise BatcherClosed
         if self._serving >= self._settings.max_requests:
             raise Overloaded
@@ -368,27 +417,37 @@ class Gateway:
     async def _prepare(self, request: web.Request, response: web.StreamResponse) -> None:
         if not is_recorded(request):
             # aiohttp has refused it before any middleware ran, as it does for an unknown Expect.
-            record = self._begin(request)
-            record.end(response.status)
-            self._observed.add(record)
+            self._record_refusal(request, response.status)
         served(request).identify(response)
+        if request.path.startswith((API, AZURE)):
+            self._cors.mark(request, response)
         # Versions are not disclosed; an upstream's own Server header is relayed.
         if response.headers.get("Server") == SERVER_SOFTWARE:
             del response.headers["Server"]
-        if self._draining:
+        if self._life.leaving:
             # force_close alone closes without announcing it, and the client may be sending its next request already.
             response.headers["Connection"] = "close"
             response.force_close()
 
+    def _record_refusal(self, request: web.BaseRequest, status: int, reason: str | None = None) -> None:
+        record = begin(request, page=False)
+        if reason is not None:
+            record.fail(reason)
+        record.end(status)
+        self._observed.add(record)
+
+    def _refuse_unreadable(self, request: web.BaseRequest, status: int) -> web.Response:
+        """Return the answer to a request that aiohttp cannot read, and record it."""
+        message, code = "The request is no HTTP that can be read, or a part of it is too long.", "unreadable_request"
+        if status >= _GATEWAY_FAILED:
+            message, code = "The gateway failed; its log says where.", "gateway_error"
+        response = GatewayError(status, message, code=code).response()
+        if not is_recorded(request):
+            self._record_refusal(request, status, code)
+        served(request).identify(response)
+        return response
+
     # --- routes
-
-    async def _health(self, _request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
-
-    async def _ready(self, _request: web.Request) -> web.Response:
-        if self._draining:
-            return web.json_response({"status": "draining"}, status=503)
-        return web.json_response({"status": "ready"})
 
     def _guarded(self, page: Handler) -> Handler:
         async def guarded(request: web.Request) -> web.StreamResponse:
@@ -396,17 +455,6 @@ class Gateway:
             return await page(request)
 
         return guarded
-
-    async def _stats(self, _request: web.Request) -> web.Response:
-        body = figures(self.batcher.stats(), self._observed.snapshot())
-        return web.Response(body=body, content_type="application/json", headers={"Cache-Control": "no-store"})
-
-    async def _show_metrics(self, _request: web.Request) -> web.Response:
-        metrics = self._observed.metrics
-        if metrics is None:
-            message = "This needs the package prometheus-client: pip install 'microbatch[prometheus]'."
-            raise GatewayError(501, message, code="no_metrics")
-        return web.Response(body=metrics.render(), headers={"Content-Type": metrics.content_type})
 
     async def _serve_api(self, request: web.Request) -> web.StreamResponse:
         place = self._upstream.place(request)
@@ -420,8 +468,7 @@ class Gateway:
         return await self._relay.serve(request, place.path, body, caller)
 
 
-def _from_aiohttp(error: web.HTTPException, request: web.Request) -> GatewayError:
-    """Return one of aiohttp's own errors (404, 405, 413) in OpenAI's shape."""
-    headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-    message = f"Invalid URL or method ({request.method} {request.path}); the API is below {API}"
-    return GatewayError(error.status, message, code="not_found", headers=headers)
+def _certificate(certificate: str | None, key: str | None) -> Certificate | None:
+    if certificate is None and key is not None:
+        raise ConfigError("tls_key= needs tls_cert=")
+    return None if certificate is None else Certificate(certificate, key)

@@ -39,7 +39,8 @@ class SemanticCache(Deleting, Cache):
     more. 5 % of them are asked again. Where answers cannot be compared, or are not the same, nothing is ever handed out. See
     `Stats.similar`.
 
-    It may be shared by the batchers of one event loop, which should use the same vectors then.
+    It may be shared by the batchers of one event loop, which should use the same vectors then. Within a `TieredCache` it is its exact
+    cache and nothing more: put the tiers into it.
 
     Args:
         exact: The cache of answers: any other than this one.

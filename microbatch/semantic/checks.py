@@ -12,8 +12,9 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 from microbatch.audit.comparison import agree, can_compare, score
+from microbatch.batching.call_state import AloneAnswer
 from microbatch.batching.ticket import LOW
-from microbatch.errors import BudgetExceeded, ConfigError, RequestFailed
+from microbatch.errors import BudgetExceeded, ConfigError, Filtered, RequestFailed
 from microbatch.storage.coalescer import Coalescer
 from microbatch.transports.credentials import hold_credentials
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
     from contextlib import AbstractAsyncContextManager
 
-    from microbatch.batching.call_state import AloneAnswer
     from microbatch.batching.dispatch import Dispatcher
     from microbatch.batching.ticket import SlotLease, Ticket
     from microbatch.caching.answer_cache import AnswerCache
@@ -193,6 +193,8 @@ class Checks:
                 lease.used = False  # the dispatcher says so itself
                 if not self._closing():
                     return await self._dispatcher.ask_again(ticket, lease.granted.result(), None, "check")
+        except Filtered:
+            return AloneAnswer("", spec.model, None, kept=False)  # which agrees with no answer
         except BudgetExceeded:
             self._paused_until = asyncio.get_running_loop().time() + _PAUSE
         except (RequestFailed, ConfigError):

@@ -228,6 +228,9 @@ _UNQUALIFIED: Final = frozenset(
 _UNQUALIFYING: Final = frozenset({"please", "thanks", "thank", "is", "was"})
 """Words after a number that say nothing about it."""
 
+_VOWEL: Final = re.compile("[aeiouy]")
+"""A word without any is an abbreviation or a code."""
+
 _SHORTENED: Final = re.compile(r"'(?:m|re|ve|ll|d)$")
 _CONTRACTED: Final = {"can't": "can", "won't": "will", "shan't": "shall", "ain't": "is"}
 
@@ -322,7 +325,7 @@ class _Reader:
                 self._facts.append((kind, value))
         elif self._after_how and lower in HOW:
             self._facts.append(("questions", f"how {lower}"))
-        elif len(lower) == 1 and lower not in {"a", "i"}:
+        elif lower.isascii() and (len(lower) == 1 or not _VOWEL.search(lower)) and lower not in {"a", "i"}:
             self._facts.append(("codes", lower))
         self._content(_SHORTENED.sub("", lower))
         self._before, self._after_how = lower, lower == "how"

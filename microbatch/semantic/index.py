@@ -21,7 +21,7 @@ from microbatch.semantic.vectors import Vectors
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from microbatch.semantic.vectors import Floats
+    from microbatch.semantic.vectors import Floats, Ranked
 
 logger: Final = logging.getLogger("microbatch")
 
@@ -195,7 +195,8 @@ class Partition:
             ranked, older = await asyncio.to_thread(lambda: (search(), among_older()))
         else:
             small = vectors.numbers * len(asked) <= _INLINE
-            ranked, older = search() if small else await asyncio.to_thread(search), [[]] * len(asked)
+            nothing: Ranked = []
+            ranked, older = search() if small else await asyncio.to_thread(search), [nothing] * len(asked)
         found: list[Found] = []
         for question, (allowed, any_), behind in zip(asked, ranked, older, strict=True):
             vector = question[0]

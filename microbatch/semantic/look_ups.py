@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
@@ -23,7 +25,7 @@ from microbatch.audit.evidence import Evidence
 from microbatch.batching.ticket import HIGH, NO_CONTEXT
 from microbatch.caching.key import last_text
 from microbatch.containment import contained
-from microbatch.errors import MalformedAnswer, MicrobatchError
+from microbatch.errors import Filtered, MalformedAnswer, MicrobatchError, Refused
 from microbatch.semantic.evidence import interval
 from microbatch.semantic.guards import LONGEST, Signature, signature
 from microbatch.semantic.index import NOTHING, Found
@@ -58,7 +60,7 @@ _HOLD: Final = 4.0
 """Requests are held for so many times as long as look-ups take, and at least for `_SHORTEST_HOLD` seconds."""
 
 _SHORTEST_HOLD: Final = 0.01
-_WEIGHT: Final = 0.1  # of the latest look-up in the mean
+_WEIGHT: Final = 0.1  # of the latest look-up, unless it took longer than those before
 
 
 class LookUp(msgspec.Struct, eq=False):
@@ -130,7 +132,7 @@ class LookUps:
         self.checks: Checks = checks
         self._trips: Coalescer[Ticket, None] = Coalescer(self._look_up_all)
         self._answered: Coalescer[Ticket, None] = Coalescer(self._add_all)
-        self._typical = 0.0  # seconds that a look-up takes
+        self._typical = 0.0  # seconds that look-ups have taken lately
         self._late = False  # whether the latest one took too long
         self._failed = False  # whether one has failed, which was logged
 
@@ -250,10 +252,15 @@ class LookUps:
     # --- look-ups
 
     async def _look_up_all(self, tickets: list[Ticket]) -> list[None]:
-        timer = asyncio.get_running_loop().call_later(self._patience, _release, tickets, context=NO_CONTEXT)
+        loop = asyncio.get_running_loop()
+        begun, timer = loop.time(), loop.call_later(self._patience, _release, tickets, context=NO_CONTEXT)
         try:
             await self._read_vectors(tickets)
-            await self._find([ticket for ticket in tickets if (found := _of(ticket)) and found.vector is not None])
+            read = [ticket for ticket in tickets if (found := _of(ticket)) and found.vector is not None]
+            await self._find(read)
+            if read:
+                took = loop.time() - begun
+                self._typical = max(took, self._typical + _WEIGHT * (took - self._typical))
         except Exception:
             logger.exception("a look-up failed in microbatch itself")
         finally:
@@ -283,8 +290,6 @@ class LookUps:
             else:
                 self._note_failure(looking, error)
             return
-        took = loop.time() - begun
-        self._typical += (took - self._typical) * _WEIGHT if self._typical else took
         self._late = False
         for number, (look_up, vector) in enumerate(zip(looking, vectors, strict=True)):
             partition = self._cache.index.get(look_up.partition)
@@ -323,6 +328,7 @@ class LookUps:
                 hits.append((ticket, look_up, found))
             elif found.key is not None and kind.wants(similarity):
                 look_up.neighbour, look_up.similarity = found.key, similarity
+                ticket.future.add_done_callback(partial(_note_refusal, look_up), context=NO_CONTEXT)
         await self._hand_out_all(hits)
         for ticket in tickets:
             look_up = _of(ticket)
@@ -376,8 +382,8 @@ class LookUps:
         reply.route, reply.score = "similar", similarity
         reply._wait = None  # noqa: SLF001 no field, see `Reply`
         queue.discard(ticket)
-        self._settlement.answer([(ticket, reply)])
         price = self._price(entry.model)
+        self._settlement.answer([(ticket, reply)], saved=None if price is None else price(entry.alone))
         for waiter in ticket.callers:
             if waiter.own_reply is not None:
                 self._ledger.save(entry.alone, price)
@@ -385,12 +391,21 @@ class LookUps:
             self.checks.sample(ticket, kind, entry, similarity)
 
 
+def _note_refusal(look_up: LookUp, future: asyncio.Future[Any]) -> None:
+    """Count a question that the endpoint, or the model, will not answer: the answer to a similar one would have been wrong."""
+    if future.cancelled() or not isinstance(future.exception(), Filtered | Refused):
+        return
+    kind = look_up.kind
+    if kind.wants(look_up.similarity):
+        kind.add(kind.begin(look_up.similarity), 1)
+
+
 def _of(ticket: Ticket) -> LookUp | None:
     return ticket.look_up if isinstance(ticket.look_up, LookUp) else None
 
 
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, dict) else getattr(message, "role", None)
+def _role(message: Any) -> object:
+    return message["role"] if isinstance(message, Mapping) and "role" in message else getattr(message, "role", None)
 
 
 def _matters(kind: KindEvidence, similarity: float) -> bool:

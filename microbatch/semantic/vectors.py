@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     Ranked: TypeAlias = list[tuple[float, int]]
     """Similarities and rows, the most similar first."""
 
-_FIRST_BLOCK: Final = 64
+_FIRST_BLOCK: Final = 4  # many partitions, those of conversations, hold one entry
 _LARGEST_BLOCK: Final = 8_192
-_AT_ONCE: Final = 64  # vectors that are compared with a block together
 _FREE: Final = -1  # the group of rows that are not in use
 _OTHER: Final = -2.0  # less than any similarity
 
@@ -145,39 +144,31 @@ class Vectors:
         It returns for each vector and group that is *asked* for at most *most* rows of the group, and the nearest row of any group.
         """
         np = self._np
-        queries, wanted = (
-            np.stack([vector for vector, _ in asked]),
-            np.array([group for _, group in asked], dtype=np.int64),
-        )
-        blocks, starts = [*self._blocks], [*self._starts]
+        blocks = list(zip(self._starts, self._blocks, strict=True))
 
         def run() -> list[tuple[Ranked, Ranked]]:
-            found: list[tuple[Ranked, Ranked]] = [([], []) for _ in asked]
-            for start, (vectors, groups) in zip(starts, blocks, strict=True):
-                for first in range(0, len(asked), _AT_ONCE):
-                    part = slice(first, first + _AT_ONCE)
-                    _compare(np, queries[part] @ vectors.T, groups, wanted[part], start, most, found[part])
-            return [(sorted(allowed, reverse=True)[:most], sorted(any_, reverse=True)[:1]) for allowed, any_ in found]
+            found: list[tuple[Ranked, Ranked]] = []
+            for vector, group in asked:
+                allowed: Ranked = []
+                every: Ranked = []
+                for start, (vectors, groups) in blocks:
+                    # Not a product of matrices: its threads wait for each other, many times as long where the processors are busy.
+                    similarities = np.where(groups == _FREE, np.float32(_OTHER), np.vecdot(vectors, vector))
+                    every += _best(np, similarities, slice(None), 1, start)
+                    (places,) = np.nonzero(groups == group)
+                    allowed += _best(np, similarities, places, most, start)
+                found.append((sorted(allowed, reverse=True)[:most], sorted(every, reverse=True)[:1]))
+            return found
 
         return run
 
 
-def _compare(
-    np: Any,
-    similarities: Floats,
-    groups: Numbers,
-    wanted: Numbers,
-    start: int,
-    most: int,
-    found: list[tuple[Ranked, Ranked]],
-) -> None:
-    """Add to *found* the nearest rows of a block that begins at row *start*."""
-    used = np.where(groups == _FREE, np.float32(_OTHER), similarities)
-    nearest = used.argmax(axis=1)
-    for number, (allowed, any_) in enumerate(found):
-        best = int(nearest[number])
-        any_.append((float(used[number, best]), start + best))
-        (places,) = np.nonzero(groups == wanted[number])
-        if places.size > most:
-            places = places[np.argpartition(used[number, places], -most)[-most:]]
-        allowed.extend((float(used[number, place]), start + int(place)) for place in places)
+def _best(np: Any, similarities: Floats, places: Any, most: int, start: int) -> Ranked:
+    """Return the *most* similar of the *places* in a block that begins at row *start*, in any order."""
+    chosen = similarities[places]
+    if most == 1:
+        best = int(chosen.argmax())
+        return [(float(chosen[best]), start + best)]
+    if len(chosen) > most:
+        places = places[np.argpartition(chosen, -most)[-most:]]
+    return [(float(similarities[place]), start + int(place)) for place in places]

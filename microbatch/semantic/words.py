@@ -51,7 +51,23 @@ _ENDINGS: Final = (
 _NEGATIONS: Final = """
 not no none nobody nothing nowhere nor neither never without hardly barely scarcely rarely seldom except excepting
 excluding besides unless impossible lack lacks lacking lacked minus instead rather otherwise unable non anymore longer
+avoid avoids avoided avoiding prevent prevents prevented preventing refuse refuses refused refusing fail fails failed
+failing stop stops stopped stopping forbid forbids forbidden deny denies denied skip skips skipped skipping ignore
+ignores ignored ignoring
 """
+_PREFIXES: Final = "un anti pro pre post semi bi ex sub multi mini self"
+"""Beginnings that stand apart, or before a hyphen."""
+
+_NAMES: Final = """
+english french german spanish italian portuguese dutch swedish danish norwegian finnish polish czech russian ukrainian
+greek turkish arabic hebrew hindi bengali urdu chinese mandarin cantonese japanese korean vietnamese thai indonesian
+malay latin american british european african asian mexican canadian australian indian brazilian swiss austrian belgian
+irish scottish python java javascript typescript rust golang ruby php perl swift kotlin scala bash sql html css json xml
+yaml csv pdf excel word linux windows mac macos android ios iphone ipad google apple amazon microsoft facebook paypal
+visa mastercard
+"""
+"""Names that are often written without a capital: languages, peoples, formats, products."""
+
 _CONTRACTED: Final = "dont doesnt didnt isnt wasnt hasnt havent arent werent aint hadnt"
 _MODALS: Final = {
     "can": "cant cannot couldnt",
@@ -112,7 +128,9 @@ EXACT: Final[dict[str, tuple[str, str]]] = {
         ("units", _UNITS, ""),
         ("dates", _DATES, ""),
         ("numbers", _NUMBERS, ""),
+        ("names", _NAMES, ""),
         ("negation", _NEGATIONS, ""),
+        ("negation", _PREFIXES, ""),
         ("negation", _CONTRACTED, "not"),
         *(("negation", words, f"{modal} not") for modal, words in _MODALS.items()),
     )

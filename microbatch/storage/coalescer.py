@@ -106,3 +106,4 @@ def _fail(trip: list[tuple[A, asyncio.Future[R]]], error: Exception) -> None:
         if not future.done():
             # One exception object per caller: notes and tracebacks stay apart.
             future.set_exception(error.replica() if isinstance(error, MicrobatchError) else StorageError(str(error)))
+            _retrieve(future)  # its caller may have been cancelled

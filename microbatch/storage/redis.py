@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import re
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,12 +14,15 @@ from microbatch.errors import ConfigError, MicrobatchError, StorageError
 from microbatch.storage.address import client_address
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Generator
+    from collections.abc import AsyncGenerator, Generator, Sequence
 
 _QUOTE: Final = re.compile(r"(?<![A-Za-z])b?['\"`]|[\"`]|'(?![A-Za-z])")
 """The beginning of a quotation; between two letters there is an apostrophe."""
 
 _ABOUT_RIGHTS: Final = "NoPermissionError"
+_NO_SCRIPT: Final = "NoScriptError"
+_ABOUT_REACH: Final = frozenset({"ConnectionError", "TimeoutError", "OSError", "ClusterError", "RedisClusterException"})
+_ABOUT_LOGIN: Final = frozenset({"AuthenticationError", "AuthorizationError"})
 _QUOTE_NOTHING: Final = frozenset({_ABOUT_RIGHTS, "OutOfMemoryError", "ReadOnlyError", "MasterDownError"})
 """Errors in which the server quotes names of commands and settings, and nothing of what it was sent."""
 
@@ -154,6 +158,18 @@ class RedisStore:
     def _met(self, server: Server) -> None:
         """Take note of what the *server* is."""
 
+    async def _run_script(self, script: str, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        """Run a *script*, which is sent only if the server does not have it, and return its result."""
+        # Not for secrecy: it is how the server names scripts.
+        name = hashlib.sha1(script.encode(), usedforsecurity=False).hexdigest()
+        async with self._in_use() as client:
+            try:
+                return await client.evalsha(name, len(keys), *keys, *arguments)
+            except Exception as error:
+                if type(error).__name__ != _NO_SCRIPT:
+                    raise
+            return await client.eval(script, len(keys), *keys, *arguments)
+
     async def _drop_connections(self) -> None:
         """Close the connections that are not in use, because one may be out of step."""
         client = self._opened()
@@ -213,6 +229,12 @@ def translated() -> Generator[None]:
 def is_about_rights(error: StorageError) -> bool:
     """Return whether *error*, from `translated`, says that the user may not do this."""
     return type(error.__cause__).__name__ == _ABOUT_RIGHTS
+
+
+def is_about_reach(error: StorageError) -> bool:
+    """Return whether *error*, from `translated`, says that the server cannot be reached now, and not that it refuses."""
+    kinds = {kind.__name__ for kind in type(error.__cause__).__mro__}
+    return bool(kinds & _ABOUT_REACH) and not kinds & _ABOUT_LOGIN
 
 
 async def results_of(pipeline: Any) -> list[Any]:

@@ -9,7 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from functools import partial
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import msgspec
 
 from microbatch.errors import RateLimited, RequestFailed, StatusError
 from microbatch.lru import SharedLRU
@@ -17,7 +21,7 @@ from microbatch.messages import Limits
 from microbatch.policy import MAX_WAIT
 from microbatch.protocols import Completion
 from microbatch.transience import RetryBudget
-from microbatch.transports.credentials import credentials_digest
+from microbatch.transports.credentials import credentials_digest, is_credential, lasting_digest
 from microbatch.transports.guards import Breaker, Concurrency
 from microbatch.transports.response_headers import read_limits
 
@@ -26,7 +30,8 @@ if TYPE_CHECKING:
 
     from microbatch.policy import RetryPolicy
     from microbatch.transports.expenses import Expense
-    from microbatch.transports.rate_limit import Bucket, Grant, RateLimit
+    from microbatch.transports.permits import Limiter
+    from microbatch.transports.rate_limit import RateLimit
 
 CAPACITY: Final = 1_024
 
@@ -62,7 +67,7 @@ class Permit:
     overdrawn: bool = False
     drawn: bool = False
     error: RequestFailed | None = None
-    grant: Grant | None = None
+    grant: Any = None
     sent: float = 0.0
     expense: Callable[[], Expense] | None = None
 
@@ -158,7 +163,7 @@ class Account:
         requests_bind: Whether the number of requests is limited: by a `RateLimit`, or since the endpoint reported that few are left.
     """
 
-    def __init__(self, retry: RetryPolicy, bucket: Bucket | None, slots: Slots, *, adaptive: bool = False) -> None:
+    def __init__(self, retry: RetryPolicy, bucket: Limiter | None, slots: Slots, *, adaptive: bool = False) -> None:
         self.budget: RetryBudget = RetryBudget(retry)
         self.breaker: Breaker = Breaker()
         self.max_tokens = None if bucket is None else bucket.max_tokens
@@ -175,6 +180,13 @@ class Account:
         self._paused_until = 0.0
         self._refused: int | None = None  # tokens of the latest attempt that was refused a permit
         self._timer: asyncio.TimerHandle | None = None
+        if bucket is not None:
+            bucket.watch(self._ask_again)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why its requests wait although they are within the limits; None if nothing is wrong."""
+        return None if self._bucket is None or self._refused is None else self._bucket.trouble
 
     def permit(self, tokens: int, rank: int, *, again: bool = False) -> Permit:
         """Return an unpaid permit; *again* if the retry budget has paid for its first attempt, which repeats a call."""
@@ -255,6 +267,7 @@ class Account:
     def close(self) -> None:
         """Stop the timer; the scheduler is not notified any more."""
         self._stop_timer()
+        self._refused = None
         if self._bucket is not None:
             self._bucket.disclaim(self._claimant)
 
@@ -304,6 +317,7 @@ class Accounts:
     """The accounts in use, and those used recently; `base_url` and `model` of *transport* identify them."""
 
     def __init__(self, transport: object, retry: RetryPolicy, limit: RateLimit | None, slots: Slots) -> None:
+        self._transport = transport
         self._base_url = getattr(transport, "base_url", "")
         self._model = getattr(transport, "model", None)
         self._retry = retry
@@ -315,17 +329,23 @@ class Accounts:
         """Return the account of calls to *model* with *headers*."""
         key = (self._base_url, model or self._model, credentials_digest(headers.items()) if headers else b"")
         now = asyncio.get_running_loop().time()
-        return self._kept.get_or_make(key, lambda: self._make(key, now), now)
+        return self._kept.get_or_make(key, lambda: self._make(key, now, partial(self._name, model, headers)), now)
 
     def close(self) -> None:
         """Stop the timers of all accounts."""
         for account in self._kept.values():
             account.close()
 
-    def _make(self, key: object, now: float) -> Account:
+    def _make(self, key: object, now: float, name: Callable[[], str]) -> Account:
         limit = self._limit
-        bucket = limit.bucket(key, now) if limit is not None and (limit.rpm or limit.tpm) else None
+        bucket = limit.bucket(key, now, name) if limit is not None and (limit.rpm or limit.tpm) else None
         return Account(self._retry, bucket, self._slots, adaptive=limit is not None and limit.adaptive)
+
+    def _name(self, model: str | None, headers: Mapping[str, str]) -> str:
+        """Return what names the account of calls to *model* with *headers* in every process; it does not show the key."""
+        own = b"" if any(map(is_credential, headers)) else getattr(self._transport, "account_digest", b"")
+        parts = [self._base_url, model or self._model, own, lasting_digest(headers.items())]
+        return blake2b(msgspec.json.encode(parts), digest_size=16).hexdigest()
 
 
 def _bind(limits: Limits) -> bool:

@@ -49,6 +49,11 @@ class ApiKey:
     def __bool__(self) -> bool:
         return self._function is not None or bool(self._key)
 
+    @property
+    def fixed(self) -> str:
+        """The key; "" if there is none, or a function returns it."""
+        return "" if self._function is not None else self._key
+
     async def headers(self, timeout: float) -> dict[str, str]:
         """Return the Authorization header, if there is a key.
 
@@ -81,6 +86,10 @@ class ApiKey:
         if header["Authorization"] == f"Bearer {self._key}":
             self._known = False  # else another call has asked for one already
         return True
+
+    def renew(self) -> None:
+        """Call the function again before the next call; a fixed key stays."""
+        self._known = self._function is None
 
     def close(self) -> None:
         """Stop waiting for the function."""

@@ -84,6 +84,12 @@ def credentials_digest(headers: Iterable[tuple[str, str]]) -> bytes:
     return hashlib.blake2b(msgspec.json.encode(who), digest_size=16, key=_SALT).digest() if who else b""
 
 
+def lasting_digest(headers: Iterable[tuple[str, str]]) -> bytes:
+    """Return a digest of those *headers* that identify the caller, b"" if none does; in every process the same."""
+    who = sorted((name.lower(), value) for name, value in headers if says_who(name))
+    return hashlib.blake2b(msgspec.json.encode(who), digest_size=16, person=b"microbatch").digest() if who else b""
+
+
 def credentials_in(path: str) -> dict[str, str]:
     """Return the quoted credentials in the query of *path*, by name in lower case with the question mark: `?key`."""
     found: dict[str, str] = {}

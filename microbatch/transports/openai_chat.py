@@ -31,7 +31,13 @@ from microbatch.transports.attempt import Attempt
 from microbatch.transports.capabilities import Capabilities, Structured
 from microbatch.transports.chat_wire import can_stream, request_body
 from microbatch.transports.connection import Connection
-from microbatch.transports.credentials import credentials_digest, credentials_in, in_place_of, is_credential
+from microbatch.transports.credentials import (
+    credentials_digest,
+    credentials_in,
+    in_place_of,
+    is_credential,
+    lasting_digest,
+)
 from microbatch.transports.embeddings import EmbeddingAttempt, Encodings
 from microbatch.transports.embeddings import request_body as embeddings_body
 from microbatch.transports.http import FRAMING, Clock, checked, merged, requested, timed, without
@@ -180,6 +186,11 @@ class OpenAIChat:
             "an OpenAIChat cannot be pickled or copied: it holds a key and connections; make one where it is used"
         )
 
+    @property
+    def account_digest(self) -> bytes:
+        """A digest of the credentials, in every process the same; a key from a function is not part of it."""
+        return lasting_digest([("authorization", self._key.fixed), *self._headers.items(), *self._query.items()])
+
     async def open(self) -> None:
         """Make the connection pool; `send` and `forward` do so themselves if necessary.
 
@@ -187,6 +198,10 @@ class OpenAIChat:
             ConfigError: It is open in another event loop.
         """
         self._pool()
+
+    def renew_key(self) -> None:
+        """Call the function that returns the key again before the next call; a fixed key stays."""
+        self._key.renew()
 
     async def aclose(self) -> None:
         """Close the connections; calls under way end with `ConnectFailed`. It can be opened again."""

@@ -17,7 +17,7 @@ our estimates are low): the surplus counts as used until the endpoint says other
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from heapq import merge
 from typing import TYPE_CHECKING, Annotated, Final, Literal
@@ -27,24 +27,20 @@ import msgspec
 from microbatch.checking import AtLeast, Count, check_fields
 from microbatch.errors import ConfigError
 from microbatch.lru import SharedLRU
+from microbatch.transports.limit_store import LimitStore
+from microbatch.transports.permits import LATENESS, MINUTE, WINDOW, burst
+from microbatch.transports.shared_bucket import SharedBucket
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable
 
     from microbatch.messages import Limits, Usage
+    from microbatch.transports.permits import Limiter
 
 Charge = Literal["reserved", "used"]
 
 _CAPACITY: Final = 1_024
 
-MINUTE: Final = 60.0
-_LATENESS: Final = 1.0
-WINDOW: Final = MINUTE + _LATENESS
-
-# A smaller burst wastes less of the steady rate: limit = burst + rate x window.
-_BURST_SHARE: Final = 0.02
-# One request may be more than that of a low limit; then the burst is one request, up to this share.
-_MAX_BURST_SHARE: Final = 0.05
 # A claim is renewed when its time has come. One that is not belongs to an abandoned request or a closed event loop.
 _CLAIM_LATENESS: Final = 1.0
 # Sums of floats may miss an exact limit by this much.
@@ -63,14 +59,19 @@ class RateLimit:
     Args:
         rpm: Requests per minute. None for no limit.
         tpm: Tokens per minute, prompt and answer together. None for no limit.
-        share: The fraction of both that this process may use: 1/n for n processes with one key.
+        share: The fraction of both that may be used: 1/n by each of n processes with one key and no *store*.
         charge: "reserved" keeps the charge for `max_tokens`, or for the bound, unless the endpoint's `x-ratelimit-remaining-*`
             headers show that it gave back the unused part; "used" gives it back as soon as the endpoint has reported its usage.
+        store: Address of a Redis server, `redis://host:6379/0`, by which all processes with the same address have the limits together,
+            for each endpoint, model and key; give all the same numbers. Permits are drawn in blocks, so most requests wait for no round
+            trip. A process that has lost the server goes on with its part of the limits, 1/n for n processes; one that has not
+            reached it yet waits. The object then serves one event loop at a time.
         adaptive: Whether the number of concurrent calls adapts as well: it grows by one with each round of successes, and halves
             when the endpoint is overloaded (429, 503, 529, timeouts).
 
     Raises:
-        ConfigError: A setting is out of range, there is none, or not even one request a minute is left.
+        ConfigError: A setting is out of range, there is none, not even one request a minute is left, or the store's address or
+            package is wrong.
     """
 
     rpm: Count | None = None
@@ -78,6 +79,7 @@ class RateLimit:
     share: Annotated[float, AtLeast(0)] = 1.0
     charge: Charge = "reserved"
     adaptive: bool = False
+    store: str | None = field(default=None, repr=False)  # it may hold a password
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -88,7 +90,11 @@ class RateLimit:
         for name, limit, one in (("rpm", self.rpm, "request"), ("tpm", self.tpm, "token")):
             if limit is not None and limit * self.share < 1:
                 raise ConfigError(f"{name}={limit} times share={self.share} leaves less than one {one} a minute")
+        if self.store is not None and self.rpm is None and self.tpm is None:
+            raise ConfigError("store= shares limits: give rpm= or tpm= with it")
         self._buckets: SharedLRU[Hashable, Bucket] = SharedLRU(_CAPACITY)
+        self._shared_buckets: SharedLRU[Hashable, SharedBucket] = SharedLRU(_CAPACITY)
+        self.shared: LimitStore | None = None if self.store is None else LimitStore(self.store)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the settings: what is left of the limits is that of this process."""
@@ -99,9 +105,19 @@ class RateLimit:
         """The most tokens that one request can be granted; None for no limit."""
         return None if self.tpm is None else int(self.tpm * self.share)
 
-    def bucket(self, key: Hashable, now: float) -> Bucket:
-        """Return the bucket of one (endpoint, model, credentials)."""
-        return self._buckets.get_or_make(key, lambda: Bucket(self), now)
+    def bucket(self, key: Hashable, now: float, name: Callable[[], str] = str) -> Limiter:
+        """Return the bucket of one (endpoint, model, credentials); *name* returns what it is called in the store.
+
+        Raises:
+            ConfigError: The store is open in another event loop.
+        """
+        if self.shared is None:
+            return self._buckets.get_or_make(key, lambda: Bucket(self), now)
+        rates = [None if limit is None else limit * self.share for limit in (self.rpm, self.tpm)]
+        make = partial(SharedBucket, (rates[0], rates[1]), self.charge, self.share)
+        bucket = self._shared_buckets.get_or_make(key, make, now)
+        self.shared.serve(bucket, name())
+        return bucket
 
 
 class Grant(msgspec.Struct, eq=False):
@@ -134,7 +150,7 @@ class _Meter:
     def resize(self, limit: float) -> None:
         """Set the limit, to at most the first one."""
         self.limit = limit = min(limit, self._most)
-        self._burst = max(_BURST_SHARE * limit, min(self._unit, _MAX_BURST_SHARE * limit))
+        self._burst = burst(limit, self._unit)
         self._rate = (limit - self._burst) / WINDOW
 
     def refill(self, now: float) -> None:
@@ -212,6 +228,14 @@ class Bucket:
         self._latest.append(grant)
         return grant
 
+    @property
+    def trouble(self) -> str | None:
+        """None: nothing can be wrong with it."""
+        return None
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Do nothing: only time changes what `wait` says."""
+
     def disclaim(self, who: object) -> None:
         """Drop the claim of *who*."""
         self._claims.pop(who, None)
@@ -268,7 +292,7 @@ class Bucket:
         while self._log and self._log[0].at <= now - WINDOW:
             for meter, amount in self._amounts(self._log.popleft().tokens):
                 meter.total -= amount
-        while self._latest and self._latest[0].at <= now - (MINUTE - _LATENESS):
+        while self._latest and self._latest[0].at <= now - (MINUTE - LATENESS):
             self._latest_tokens -= self._latest.popleft().tokens
         for meter, _ in self._amounts(0):
             meter.refill(now)

@@ -152,6 +152,7 @@ class Forwarded:
         status: The HTTP status.
         headers: The endpoint's headers, repeated ones included, without hop-by-hop headers.
         on_chunk: Takes each piece of the body before it is passed on; None for nothing.
+        spent: Returns the usage reported so far and its price, see `forwarded`; None for a request that names no model.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class Forwarded:
         headers.extend(without(response.headers.items(), HOP_BY_HOP))
         self.headers: Mapping[str, str] = headers
         self.on_chunk: Callable[[bytes], object] | None = None
+        self.spent: Callable[[], tuple[Usage, float | None] | None] | None = None
         self._response = response
         self._where = where
         self._end = end

@@ -18,7 +18,7 @@ from microbatch.errors import (
 from microbatch.policy import MAX_WAIT
 from microbatch.protocols import EmbeddingCall
 from microbatch.transience import Backoff, is_transient
-from microbatch.transports.rate_limit import WINDOW
+from microbatch.transports.permits import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine

@@ -119,7 +119,8 @@ class Served:
     def __init__(self, process, base_url):
         self.process = process
         self.base_url = base_url
-        self.port = int(base_url.rpartition(":")[2].partition("/")[0])
+        port = base_url.rpartition(":")[2].partition("/")[0]
+        self.port = int(port) if port else None  # it has none on a Unix socket
 
     def stop(self):
         self.process.send_signal(signal.SIGTERM)

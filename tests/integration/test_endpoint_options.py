@@ -528,7 +528,8 @@ async def test_commands_have_the_same_options(command: str, monkeypatch: pytest.
     monkeypatch.setenv("LLM_KEY", "secret")
     monkeypatch.setenv("OPENAI_API_KEY", "other")
     monkeypatch.chdir(tmp_path)
-    words = [*command.split(), "--model", "m", "--uds", "llm.sock", *WORDS]
+    uds = "--upstream-uds" if command == "serve" else "--uds"
+    words = [*command.split(), "--model", "m", uds, "llm.sock", *WORDS]
     async with serving(Path("llm.sock")) as endpoint, contextlib.AsyncExitStack() as stack:
         if command == "serve":
             gateway = make_gateway(make_parser().parse_args([*words, "--port", "0", "--upstream", "http://llm/v1"]))

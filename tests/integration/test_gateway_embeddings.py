@@ -510,7 +510,7 @@ async def test_a_client_that_does_not_read_a_large_answer_is_cut_off():
             await until(lambda: upstream.tokens)
             await until(lambda: served._serving == 0)
             # What it has not read is dropped, not kept for it.
-            await until(lambda: served._runner.server.connections == [])
+            await until(lambda: served.connections._count == 0)
             received = b""
             with suppress(ConnectionError):
                 while chunk := await reader.read(65_536):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import re
+import select
 from datetime import UTC, datetime
 
 import pytest
@@ -173,8 +175,12 @@ async def test_each_request_is_a_line_without_texts_and_keys(tmp_path):
         assert line["cost_usd"] > 0
         assert not line["estimated"]
         assert datetime.fromisoformat(line["time"]) <= datetime.now(UTC)
-    assert sum(line.get("cost_usd", 0.0) for line in written.values()) == pytest.approx(cost_usd)
-    assert (written["alone"]["route"], written["alone"]["status"]) == ("forward", 200)
+    submitted = [line for line in written.values() if line["route"] != "forward"]
+    assert sum(line["cost_usd"] for line in submitted) == pytest.approx(cost_usd)
+    alone = written["alone"]
+    assert (alone["route"], alone["status"]) == ("forward", 200)
+    assert alone["cost_usd"] == pytest.approx((2.0 * alone["prompt_tokens"] + 8.0 * alone["completion_tokens"]) / 1e6)
+    assert alone["prompt_tokens"] > 0
     assert written["streamed"]["route"] == "single"
     assert len({line["tenant"] for line in written.values()}) == 1
     text = log.read_text("utf-8")
@@ -195,6 +201,28 @@ async def test_a_line_has_the_cost_that_is_known_when_the_call_has_ended(tmp_pat
     assert sum(line["prompt_tokens"] for line in written) == stats.prompt_tokens
     assert sum(line["completion_tokens"] for line in written) == stats.completion_tokens
     assert sum(line["cost_usd"] for line in written) == pytest.approx(stats.cost_usd)
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+@pytest.mark.parametrize("reported", [True, False])
+async def test_a_relayed_stream_has_the_tokens_that_the_endpoint_reports(reported, encoding, tmp_path):
+    log = tmp_path / "access.jsonl"
+    usage = b'"usage":{"prompt_tokens":7,"completion_tokens":3,"total_tokens":10}' if reported else b'"usage":null'
+
+    async def answer(_request):
+        body = b'data: {"choices":[{"index":0,"delta":{"content":"x"}}],' + usage + b"}\n\ndata: [DONE]\n\n"
+        coded = gzip.compress(body) if encoding == "gzip" else body
+        return web.Response(body=coded, headers={"Content-Type": "text/event-stream", "Content-Encoding": encoding})
+
+    async with recorder() as upstream:
+        upstream.answer = answer
+        async with gateway(upstream.url, access_log=str(log), prices=PRICES) as served, ClientSession() as session:
+            await Client(served, session).post(chat(n=2, stream=True))
+    (line,) = lines(log)
+    assert line["route"] == "forward"
+    assert line.get("prompt_tokens") == (7 if reported else None)
+    if reported:
+        assert line["cost_usd"] == pytest.approx((7 * 2.0 + 3 * 8.0) / 1e6)
 
 
 EDGE = {
@@ -405,6 +433,43 @@ async def test_a_pipe_that_is_not_read_delays_nothing_and_what_it_lacks_is_count
         assert "lacks" in caplog.text
     finally:
         os.close(reading)
+
+
+async def test_lines_go_to_a_pipe_in_pieces_that_no_other_process_can_tear(tmp_path, monkeypatch):
+    path, written, write = tmp_path / "pipe", [], os.write
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        log = AccessLog(str(path))
+        monkeypatch.setattr(
+            "microbatch.gateway.access_log.os.write", lambda *args: written.append(args[1]) or write(*args)
+        )
+        for number in range(200):
+            log.write(
+                Served(id=f"{number}", id_given=True, method="POST", path="/" + "x" * number, began=0.0, status=200)
+            )
+        await log.aclose()
+    finally:
+        os.close(reading)
+    pieces = [bytes(piece) for piece in written]
+    assert all(len(piece) <= select.PIPE_BUF and piece.endswith(b"\n") for piece in pieces)
+    assert [json.loads(line)["id"] for line in b"".join(pieces).splitlines()] == [str(number) for number in range(200)]
+    assert len(pieces) < 100
+
+
+async def test_a_line_is_never_longer_than_such_a_piece(tmp_path):
+    log = AccessLog(str(tmp_path / "log"))
+    worst = "\0" * 300
+    fields = {
+        "model": worst,
+        "upstream_id": "é" * 300,
+        "tenant": worst,
+        "reason": "x" * 60,
+        "spent": (mb.Usage(1, 2), 0.1),
+    }
+    log.write(Served(id="x" * 128, id_given=True, method="P" * 300, path=worst, began=0.0, status=200, **fields))
+    await log.aclose()
+    assert len((tmp_path / "log").read_bytes()) <= select.PIPE_BUF
 
 
 async def test_a_log_that_is_closed_writes_nothing_more(tmp_path, capsys):

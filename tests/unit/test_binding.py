@@ -93,7 +93,7 @@ async def test_what_is_wrong_is_said_when_the_function_is_made():
             batcher.bind("Shout.", unknown=1)
 
 
-@pytest.mark.parametrize("item", [5, "text", None, [1], object()], ids=repr)
+@pytest.mark.parametrize("item", [5, "text", None, [1], object()], ids=lambda item: type(item).__name__)
 async def test_an_item_without_fields_is_refused_where_the_template_names_some(item):
     async with batcher_for(echoing()) as batcher:
         with pytest.raises(mb.ConfigError, match="mapping"):

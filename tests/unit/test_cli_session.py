@@ -20,7 +20,7 @@ def plan(**settings):
         "prices": None,
         "budget": None,
     }
-    return SimpleNamespace(**{"transport": ScriptedTransport(), **shared, **settings})
+    return SimpleNamespace(**{"transport": ScriptedTransport(), "semantic": None, **shared, **settings})
 
 
 async def test_the_evictions_of_the_shared_cache_are_counted_once():

@@ -171,6 +171,12 @@ async def test_many_texts_come_in_order_in_full_lists():
     assert sorted(transport.sizes) == [904, 2_048, 2_048]
 
 
+async def test_the_last_texts_do_not_wait_for_the_lists_before_them():
+    async with batcher_for(VectorTransport(delay=10.0), max_wait=50.0) as batcher:
+        await batcher.embed_many(texts(2_500))
+        assert now() == 10.0
+
+
 async def test_of_an_iterator_no_more_is_read_than_the_window_holds():
     read = 0
 
@@ -247,7 +253,9 @@ async def test_the_error_of_the_earliest_text_is_raised_when_all_that_were_sent_
             await batcher.embed_many(texts(9))
         assert batcher.stats().queued == 0
     assert caught.value.attempts > 1
-    assert (batcher.stats().answered, batcher.stats().failed) == (7, 2)
+    stats = batcher.stats()
+    assert (stats.answered, stats.failed) == (7, 2)
+    assert stats.unclaimed.prompt_tokens == stats.prompt_tokens == transport.tokens > 0  # no caller has a vector
 
 
 async def test_after_an_error_no_more_is_read():
@@ -523,6 +531,14 @@ async def test_a_limit_on_tokens_is_charged_by_the_texts():
     assert now() > 120.0
 
 
+async def test_a_limit_on_tokens_gets_back_what_the_endpoint_did_not_count():
+    transport = VectorTransport(scale=0.1)
+    async with batcher_for(transport, rate_limit=mb.RateLimit(tpm=600)) as batcher:
+        await batcher.embed("x" * 500)
+        await batcher.embed("y" * 500)
+    assert now() < 1.0
+
+
 async def test_hooks_see_texts_as_they_see_messages():
     class Hook:
         def __init__(self):
@@ -577,6 +593,19 @@ async def test_an_error_of_no_text_ends_all_and_is_not_bisected():
     assert {type(each) for each in found} == {mb.BadRequest}
     assert len({id(each) for each in found}) == 9
     assert transport.sizes == [9]
+
+
+async def test_lists_that_are_forbidden_stop_no_other_calls_of_the_key():
+    def spoil(_, inputs, pairs):
+        if len(inputs) > 1:
+            raise mb.AuthFailed("your key may not send lists", status=403)
+        return pairs
+
+    transport = VectorTransport(spoil)
+    async with batcher_for(transport) as batcher:
+        await batcher.embed("which works")
+        found = await embed_all(batcher, texts(8))
+    assert all(is_right(*pair) for pair in zip(found, texts(8), strict=True))
 
 
 async def test_a_foreign_error_of_the_transport_ends_as_a_typed_one():

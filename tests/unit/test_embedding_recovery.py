@@ -265,6 +265,18 @@ async def test_however_often_replies_are_wrong_n_texts_take_about_2n_further_cal
     assert len(transport.calls) <= 1 + 2.25 * count + 6
 
 
+async def test_a_model_that_has_one_sound_vector_in_a_list_and_no_other_is_not_bisected_to_the_end():
+    def spoil(_, inputs, pairs):
+        return [pair if text == "text 0" else (pair[0], None) for pair, text in zip(pairs, inputs, strict=True)]
+
+    transport = VectorTransport(spoil)
+    async with batcher_for(transport) as batcher:
+        found = await embed_all(batcher, texts(400))
+        conserved(batcher, transport, found)
+    assert [type(one) for one in found].count(mb.MalformedAnswer) == 399
+    assert len(transport.calls) <= 1 + 2.25 * 400 + 6
+
+
 # --- refusals
 
 

@@ -81,6 +81,9 @@ Is the transfer reversible?|Is the transfer irreversible?
 Is it authorised?|Is it unauthorised?
 How do I connect it?|How do I disconnect it?
 Is it useful for me?|Is it useless for me?
+How do I avoid the fees?|How do I find the fees?
+Is it the bi-weekly one?|Is it the weekly one?
+Is she my ex-wife?|Is she my wife?
 I won't verify it|I can't verify it
 I can not verify it|I do not verify it
 Is my card not paid, and the fee charged?|Is my card paid, and the fee not charged?
@@ -102,6 +105,7 @@ Paris hotels for the night|London hotels for the night
 Where is Mr. Smith?|Where is Mr. Jones?
 It is ok. Berlin is nice|It is ok. Munich is nice
 Did Mr. Smith meet Bob there, friend?|Did Bob meet Mr. Smith there?
+how do i say it in french|how do i say it in german
 Can you call the US for me?|Can you call the us for me?
 What was World War I|What was World War II
 Is it true that King Henry I did it?|Is it true that King Henry did it?
@@ -123,6 +127,8 @@ What does __init__ do?|What does init do?
 What is 5 - 3 for you?|What is 5 3 for you?
 What is 5 * 3 for you?|What is 5 3 for you?
 How do I say no\u200bt there?|How do I say not there?
+Is the wh-blk one in stock?|Is the wh-wht one in stock?
+Do you have it for tv?|Do you have it for hdtv?
 Can I look at section b?|Can I look at section c?
 """,
     "urls": """

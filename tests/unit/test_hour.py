@@ -167,8 +167,8 @@ def test_no_traffic_enlarges_it_beyond_its_bounds(hour, clock):
         hour.on_call(call(model=f"m{number % 500}", tenant=f"t{number % 700}"))
     assert len(hour._rows) == HOUR / SLICE
     for groups in (hour._models, hour._callers):
-        assert len(groups._slices) == HOUR / GROUP_SLICE
-        assert all(len(figures) <= 65 for _, figures in groups._slices)
+        assert len(groups.slices) == HOUR / GROUP_SLICE
+        assert all(len(figures) <= 65 for _, figures in groups.slices)
     figures = hour.snapshot()
     assert len(figures["models"]) == len(figures["callers"]) == 65
     assert len(msgspec.json.encode(figures)) < 100_000

@@ -1,6 +1,7 @@
 """`SemanticCache`: shadow, hits, walls between requests, and what governs the entries."""
 
 import asyncio
+import contextlib
 import logging
 
 import msgspec
@@ -335,6 +336,18 @@ async def test_a_look_up_that_is_slower_than_the_answer_adds_to_the_evidence_all
         assert batcher.stats().shadow_pairs == 1
 
 
+async def test_a_hit_that_comes_when_the_request_is_sent_is_not_used(caplog):
+    embed = Embedder()
+    async with similar_batcher(cache=semantic(embed)) as batcher:
+        await prove(batcher)
+        embed.delay = 0.15  # the answer takes 0.2 s, and a request is held for 0.01 s
+        begun = now()
+        reply = await batcher.submit(ask_about("amber", 900))
+        assert (reply.route, now() - begun) == ("single", pytest.approx(0.21))
+        assert batcher.stats().similar_hits == 0
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
 # --- what cannot be handed out
 
 
@@ -374,6 +387,54 @@ async def test_long_texts_are_compared_by_same():
         assert await routes(batcher, "amber", [900]) == ["similar"]
 
 
+async def test_an_answer_that_cannot_be_compared_is_not_handed_out_even_if_the_kind_is_proven():
+    transport = Naming()
+    async with similar_batcher(transport) as batcher:
+        await prove(batcher)
+        transport._answer = lambda text: "MARSH " * 20
+        assert await routes(batcher, "marsh", [900, 901]) == ["single", "single"]
+        assert batcher.stats().similar[0].not_comparable == 1
+
+
+class Filtering(Naming):
+    """Refuses texts in which `forbidden` is found."""
+
+    forbidden = "nothing of the kind"
+
+    async def send(self, call, on_text):
+        if self.forbidden in call.messages[-1]["content"]:
+            raise mb.Filtered("this is not answered", status=400)
+        return await super().send(call, on_text)
+
+
+async def test_questions_that_the_endpoint_does_not_answer_are_evidence_against_their_neighbours():
+    transport = Filtering()
+    async with similar_batcher(transport) as batcher:
+        transport.forbidden = "hint"
+        for number in range(300):
+            with contextlib.suppress(mb.Filtered):
+                await batcher.submit(ask_about("amber", number))
+            await settled(batcher)
+        (kind,) = batcher.stats().similar
+        assert kind.state == "closed"
+        assert batcher.stats().similar_hits == 0
+
+
+async def test_a_hit_whose_question_is_not_answered_when_it_is_asked_again_was_wrong():
+    transport = Filtering()
+    async with similar_batcher(transport) as batcher:
+        await prove(batcher)
+        transport.forbidden = "amber"
+        for number in range(400):
+            with contextlib.suppress(mb.Filtered):
+                await batcher.submit(ask_about("amber", 500 + number))
+            await settled(batcher)
+            if batcher.stats().false_hits:
+                break
+        assert batcher.stats().false_hits == 1
+        assert batcher.stats().similar[0].state != "proven"
+
+
 async def test_same_that_fails_is_no_evidence_for_anything():
     def same(one, other):
         raise RuntimeError
@@ -390,7 +451,7 @@ async def test_a_wrong_answer_that_is_asked_again_removes_its_entry_and_ends_the
     transport, cache = Naming(), semantic()
     async with similar_batcher(transport, cache) as batcher:
         await prove(batcher)
-        transport._answer = lambda text: "SOMETHING ELSE"
+        transport._answer, before = lambda text: "SOMETHING ELSE", len(cache.index)
         for number in range(400):
             await batcher.submit(ask_about("amber", 500 + number))
             await settled(batcher)
@@ -399,6 +460,8 @@ async def test_a_wrong_answer_that_is_asked_again_removes_its_entry_and_ends_the
                 break
         stats = batcher.stats()
         assert stats.false_hits == 1
+        # The entry is gone, and the questions that were answered with it have none.
+        assert len(cache.index) == before - 1
         assert stats.similar[0].state != "proven"
         assert await routes(batcher, "amber", [990]) == ["single"]
         low, high = stats.false_hit_interval
@@ -441,6 +504,19 @@ async def test_a_caller_that_leaves_during_its_look_up_leaves_nothing_behind():
         assert batcher.stats().queued == 0
 
 
+async def test_a_queue_of_requests_that_go_alone_is_gone_when_those_that_were_held_have_left():
+    embed, alone = Embedder(), {"params": {"seed": 1}}
+    async with similar_batcher(cache=semantic(embed)) as batcher:
+        await prove(batcher, **alone)
+        embed.delay = 0.005
+        asking = asyncio.ensure_future(batcher.submit(ask_about("amber", 900), **alone))
+        await asyncio.sleep(0.002)
+        assert len(batcher._engine.singles) == 1
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert len(batcher._engine.singles) == 0
+
+
 @pytest.mark.parametrize("grace", [0, 30])
 async def test_closing_during_a_look_up_ends_every_request(grace):
     embed = Embedder()
@@ -481,19 +557,22 @@ async def test_map_is_answered_with_similar_answers_too():
 async def test_hooks_see_the_route():
     class Notes:
         def __init__(self):
-            self.settled, self.called = [], []
+            self.settled, self.called, self.saved = [], [], 0.0
 
         def on_settle(self, event):
             self.settled.append(event.route)
+            self.saved += event.unbatched_cost_usd or 0.0
 
         def on_call(self, event):
             self.called.append(event.route)
 
     notes = Notes()
-    async with similar_batcher(hooks=[notes]) as batcher:
-        await prove(batcher)
-        await asyncio.gather(*(batcher.submit(ask_about("amber", number)) for number in range(100, 300)))
+    async with similar_batcher(hooks=[notes], prices=lambda _: mb.Price(1.0, 2.0)) as batcher:
+        await prove(batcher, model="m")
+        await asyncio.gather(*(batcher.submit(ask_about("amber", number), model="m") for number in range(100, 300)))
         await asyncio.sleep(10)
+        assert notes.saved == pytest.approx(batcher.stats().similar_saved_usd)
+        assert notes.saved > 0
     assert notes.settled.count("similar") == 200
     assert "check" in notes.called
 

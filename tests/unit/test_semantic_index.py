@@ -1,6 +1,7 @@
 """The index of a semantic cache: what is nearest, which partition, what has to go."""
 
 import logging
+import subprocess
 import sys
 import threading
 
@@ -89,6 +90,14 @@ async def test_the_guards_come_before_the_score():
     assert (found.key, found.refused) == (key(99), "numbers")
     found = await nearest(partition, vectors[3], TWO)
     assert (found.key, found.refused) == (key(3), None)
+
+
+async def test_guards_that_compare_words_come_before_the_score_too():
+    vectors = units(2)
+    kept, asked = signature("how do I open my account"), signature("how do I close my account")
+    assert kept.facts == asked.facts
+    found = await nearest(filled(vectors[:1], kept), vectors[0], asked)
+    assert (found.key, found.refused) == (None, "opposites")
 
 
 async def test_hundreds_of_nearer_entries_with_other_facts_do_not_hide_one_that_is_allowed():
@@ -277,3 +286,20 @@ def test_without_numpy_the_error_says_what_to_install(monkeypatch):
         load_numpy()
     with pytest.raises(mb.ConfigError, match=r"microbatch\[semantic\]"):
         mb.SemanticCache(mb.MemoryCache(), embed=print)
+
+
+def test_all_else_needs_neither_numpy_nor_usearch():
+    program = """
+import sys
+sys.modules["numpy"] = sys.modules["usearch"] = None
+import asyncio, microbatch as mb, microbatch.cli.main, microbatch.gateway, microbatch.openai
+from microbatch.testing import ScriptedTransport
+
+async def main():
+    async with mb.Microbatcher(ScriptedTransport(), cache=mb.MemoryCache(), tokens="bytes") as batcher:
+        assert (await batcher.submit([{"role": "user", "content": "a"}])).text == "A"
+        assert (await batcher.embed("a")).vector
+
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,61 @@
+"""The TLS certificate of a server, in files that may be replaced."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+from microbatch.errors import ConfigError
+
+
+class Certificate:
+    """A TLS certificate with its key, in files that may be replaced.
+
+    Args:
+        certificate: File with the certificate and those that lead to its issuer, in PEM.
+        key: File with the private key, in PEM; None if it is in the same file.
+
+    Attributes:
+        context: What servers use.
+
+    Raises:
+        ConfigError: A file cannot be read, the key is encrypted, or does not belong to the certificate.
+    """
+
+    def __init__(self, certificate: str, key: str | None = None) -> None:
+        self._files = (certificate, key)
+        self.context: ssl.SSLContext = self._loaded(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
+        self.context.set_alpn_protocols(["http/1.1"])
+
+    def reload(self) -> None:
+        """Read the files again, for connections that begin from now on; if that fails, raise and keep what was read before."""
+        self._loaded(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
+        self._loaded(self.context)
+
+    def _loaded(self, context: ssl.SSLContext) -> ssl.SSLContext:
+        certificate, key = self._files
+        for path in filter(None, self._files):
+            try:
+                Path(path).read_bytes()
+            except OSError as error:
+                raise ConfigError(f"the TLS file {path} cannot be read: {error.strerror}") from None
+        try:
+            context.load_cert_chain(certificate, key, password=_no_password)
+        except _EncryptedKeyError:
+            raise ConfigError(f"the TLS key {key or certificate} is encrypted; give one that is not") from None
+        except ssl.SSLError as error:
+            if error.reason == "KEY_VALUES_MISMATCH":
+                raise ConfigError(f"the TLS key {key or certificate} does not belong to the certificate") from None
+            where = certificate if key is None else f"{certificate} or {key}"
+            raise ConfigError(
+                f"{where} holds no TLS certificate and key in PEM ({error.reason or 'unreadable'})"
+            ) from None
+        return context
+
+
+class _EncryptedKeyError(Exception):
+    pass
+
+
+def _no_password() -> str:
+    raise _EncryptedKeyError

@@ -1,0 +1,173 @@
+"""Contacts with the Redis server of a shared limit: one task for each limit in use."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import functools
+import logging
+import secrets
+from importlib import resources
+from typing import TYPE_CHECKING, Final
+from weakref import WeakKeyDictionary, ref
+
+from microbatch.errors import ConfigError, StorageError
+from microbatch.storage.redis import RedisStore, is_about_reach, milliseconds
+from microbatch.transports.permits import WINDOW
+from microbatch.transports.shared_bucket import GAP, GRACE, LEASE, LICENCE, SharedBucket
+
+if TYPE_CHECKING:
+    from microbatch.transports.shared_bucket import Order
+
+logger: Final = logging.getLogger("microbatch")
+
+_TIMEOUT: Final = 1.0
+"""Seconds for connecting, each write and each read. With the time between two tries it is less than `GRACE`."""
+
+_CONNECTIONS: Final = 8
+_TIMES: Final = tuple(map(milliseconds, (WINDOW, LEASE, GRACE, GAP, LICENCE)))
+_KEYS: Final = ("state", "members", "log", "amounts")
+
+
+class LimitStore(RedisStore):
+    """The limits that processes share by a Redis server.
+
+    Raises:
+        ConfigError: The package redis is missing, or the address is malformed.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, prefix="microbatch:limit:", timeout=_TIMEOUT, max_connections=_CONNECTIONS)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._identity = ""  # of this process; made when it is first used, as a process may be forked before that
+        self._tasks: dict[SharedBucket, asyncio.Task[None]] = {}
+        self._served: WeakKeyDictionary[SharedBucket, str] = WeakKeyDictionary()  # with the names
+        self._failing = False
+
+    async def open(self) -> None:
+        """Ask the server what it is. One that cannot be reached delays requests, not the start.
+
+        Raises:
+            ConfigError: It answers, and cannot be used.
+        """
+        await super().open()
+        self._loop = asyncio.get_running_loop()
+        self._tasks, self._served = {}, WeakKeyDictionary()
+        self._identity = self._identity or secrets.token_hex(8)
+        try:
+            await self._check()
+        except BaseException:
+            await super().aclose()
+            raise
+
+    async def _check(self) -> None:
+        try:
+            await self.reach()
+            await self._run_script("return 1", [f"{self._prefix}check"], [])
+        except StorageError as error:
+            if not is_about_reach(error):
+                raise ConfigError(
+                    f"the store of the rate limit cannot be used: {error}; write the address of a Redis server that takes scripts "
+                    "and writes, with its password and database number: redis://:PASSWORD@host:6379/0"
+                ) from error
+            self._note(error)
+            return
+        if self._server is not None and self._server.replica and not self._server.cluster:
+            raise ConfigError(
+                "the store of the rate limit cannot be used: this Redis server is a replica, which takes no writes; "
+                "give the address of the primary"
+            )
+
+    def serve(self, bucket: SharedBucket, name: str) -> None:
+        """Keep *bucket* in contact with the limit called *name*, from its first use until `aclose`.
+
+        Raises:
+            ConfigError: The store is open in another event loop.
+        """
+        loop = asyncio.get_running_loop()
+        if self._client is None or self._loop is not loop:
+            raise ConfigError("a RateLimit with a store serves one event loop at a time: make one for each loop")
+        if bucket in self._served:
+            return
+        self._served[bucket] = name
+        woken, reference = asyncio.Event(), ref(bucket)
+
+        def wake() -> None:
+            woken.set()
+            bucket = reference()
+            if bucket is not None and bucket not in self._tasks:
+                # An empty context: not that of the caller that happens to be the first.
+                keeping = self._keep(bucket, name, woken)
+                task = loop.create_task(keeping, name="microbatch limit", context=contextvars.Context())
+                self._tasks[bucket] = task
+
+        bucket.wake = wake
+
+    async def _keep(self, bucket: SharedBucket, name: str, woken: asyncio.Event) -> None:
+        """Stay in contact until *bucket* is no longer used."""
+        now = asyncio.get_running_loop().time
+        try:
+            while not bucket.is_over(now()):
+                woken.clear()
+                await self._contact(bucket, bucket.order(now()), name)
+                bucket.notify()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(bucket.pause(now())):
+                        await woken.wait()
+            await self._leave(bucket, name)
+        except Exception:
+            logger.exception("contact with the store of the rate limit has ended because of a bug in microbatch")
+        finally:
+            self._tasks.pop(bucket, None)
+
+    async def _contact(self, bucket: SharedBucket, order: Order, name: str) -> None:
+        now = asyncio.get_running_loop().time
+        keys = [f"{self._prefix}{{{name}}}:{key}" for key in _KEYS]
+        try:
+            answer = await self._run_script(_script(), keys, [*_TIMES, self._identity, *order.arguments])
+        except StorageError as error:
+            bucket.failed(order, str(error), now())
+            self._note(error)
+        except asyncio.CancelledError:
+            bucket.failed(order, "closed", now())  # it may not have arrived
+            raise
+        else:
+            bucket.answered(order, answer, now())
+            self._failing = False
+
+    def _note(self, error: StorageError) -> None:
+        if not self._failing:  # once for each outage
+            self._failing = True
+            logger.warning("the store of the rate limit cannot be used, and permits are short without it: %s", error)
+
+    async def aclose(self) -> None:
+        """Give back what was drawn and not used, and close the connections."""
+        tasks = dict(self._tasks)
+        names = {bucket: self._served[bucket] for bucket in tasks}
+        self._served.clear()
+        for bucket, task in tasks.items():
+            bucket.wake = _nothing
+            task.cancel()
+        try:
+            if tasks:
+                await asyncio.wait(tasks.values())
+            async with asyncio.TaskGroup() as leaving:
+                for bucket, name in names.items():
+                    leaving.create_task(self._leave(bucket, name))
+        finally:
+            await super().aclose()
+
+    async def _leave(self, bucket: SharedBucket, name: str) -> None:
+        if bucket.is_member:
+            await self._contact(bucket, bucket.order(asyncio.get_running_loop().time(), leaving=True), name)
+            bucket.leave()
+
+
+def _nothing() -> None:
+    pass
+
+
+@functools.cache
+def _script() -> str:
+    return (resources.files(__package__) / "shared_limit.lua").read_text("utf-8")
