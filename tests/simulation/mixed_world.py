@@ -227,8 +227,8 @@ class MixedWorld(Stage):
         """Note grants that are more than the limit in any minute, as they were charged by then."""
         make, granted = limit.bucket, {}
 
-        def bucket(key, now):
-            made = make(key, now)
+        def bucket(key, now, *name):
+            made = make(key, now, *name)
             if not hasattr(made, "watched"):
                 made.watched = True
                 grant = made.grant

@@ -110,6 +110,22 @@ def test_relayed_requests_keep_to_the_limit_while_the_key_is_refused():
     assert not mixed_invariants.breaches(mixed_world.play(closing))
 
 
+def test_two_batchers_whose_requests_need_most_of_a_limit_do_not_give_way_to_each_other_for_ever():
+    for what, kind in (("submit", "text"), ("embed", "vector")):
+        calls = [
+            Call(
+                what=what,
+                batcher=number % 2,
+                texts=(f"{kind} {('here', 'there')[number % 2]} cook {'x' * 600}{number}",),
+            )
+            for number in range(6)
+        ]
+        policy = {"max_batch_size": 1} if what == "submit" else {}
+        world = mixed_world.play(mixed(policy, batchers=2, calls=calls, rate_limit={"tpm": 1_000}))
+        assert not mixed_invariants.breaches(world)
+        assert all(caller.replies for caller in world.callers)
+
+
 def test_usage_is_conserved_when_embed_many_fails_after_a_text_whose_last_call_reports_nothing():
     texts = tuple(f"vector here cook {topic}" for topic in ("apples", "pears", "plums"))
     world = mixed_world.play(
