@@ -212,8 +212,9 @@ def equal_texts_share(world: MixedWorld) -> Iterator[str]:
                 spans[text].append(sent)
     for text, attempts in spans.items():
         callers = world.by_text[text]
-        # Of one text there may be several flights if what is asked differs in anything, or one is more urgent than what is sent.
-        if len({caller.content for caller in callers}) > 1 or len({caller.call.priority for caller in callers}) > 1:
+        # Of one text there may be several flights if what is asked differs in anything, or one is more urgent or has more time.
+        kinds = {(caller.content, caller.call.priority, caller.call.timeout) for caller in callers}
+        if len(kinds) > 1 or callers[0].call.timeout is not None:
             continue
         for before, after in pairwise(attempts):
             waiting = [
