@@ -418,6 +418,7 @@ class MixedWorld(Stage):
     async def _drain(self, shifts: list[asyncio.Task[None]]) -> None:
         if self.spool is None:
             return
+        await asyncio.sleep(1.0)  # what the gone have put may be on its way
         while (await self.spool.counts()).depth:  # noqa: ASYNC110 the workers are other processes
             await asyncio.sleep(0.5)
         self.over = True
