@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from microbatch.batching.ticket import NORMAL, UNSHARED
 from microbatch.errors import ConfigError, ConnectFailed
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 _REFUSALS = range(400, 500)
 """Statuses of answers that cost nothing."""
+
+_PERMIT_LOOK: Final = 1.0
+"""Seconds between two tries for a permit while calls of the same account can only be refused, so that slots come without one."""
 
 
 @asynccontextmanager
@@ -109,17 +112,37 @@ async def _paid_slot(
     """Return a slot, which *relayed* gives back in the end, and what was charged for its use, None for nothing.
 
     It is charged when nothing has to be waited for any more, because other calls may wait until it ends; and while it has to wait
-    for them it holds no slot.
+    for them, or for a permit that did not come with the slot, it holds no slot.
     """
     while True:
         async with AsyncExitStack() as taken:
             lease = await taken.enter_async_context(lease_slot())
             lease.used = False
-            charge = None if parts.spending is None or expense is None else await parts.spending.charge(expense)
-            if not isinstance(charge, asyncio.Future):
-                relayed.push_async_exit(taken.pop_all())
-                return lease, charge
-        await parts.engine.rest(charge)
+            permit = lease.granted.result()
+            wait = permit.account.pay_lent(permit)
+            if wait:
+                until = _after(min(wait, _PERMIT_LOOK))
+            else:
+                charge = None if parts.spending is None or expense is None else await parts.spending.charge(expense)
+                if not isinstance(charge, asyncio.Future):
+                    relayed.push_async_exit(taken.pop_all())
+                    return lease, charge
+                until = charge
+        await parts.engine.rest(until)
+
+
+def _after(seconds: float) -> asyncio.Future[None]:
+    """Return a future that is done after *seconds*."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+
+    def end() -> None:
+        if not future.done():
+            future.set_result(None)
+
+    timer = loop.call_later(seconds, end)
+    future.add_done_callback(lambda _: timer.cancel())
+    return future
 
 
 @asynccontextmanager

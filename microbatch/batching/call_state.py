@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from microbatch.audit.lane_kind import LaneKind, StepRecord
     from microbatch.batching.lane_history import LaneHistory
     from microbatch.batching.latency import ReplyClock
-    from microbatch.batching.ticket import Ticket
+    from microbatch.batching.ticket import Deadline, Ticket
     from microbatch.messages import Route, T, Usage
     from microbatch.prompt.codec import ChatCodec, CombinedCall
     from microbatch.prompt.demultiplexer import Answer
@@ -37,6 +37,7 @@ class CallState:
         found: Answers found in its reply so far.
         sent: Loop time at which it was sent.
         first_text: Loop time at which the first text came.
+        until: Loop time at which its attempts end, because none of its callers waits longer; None if one sets no limit.
         permit: Pays its attempts; None once it is over, because replies refer to this object and must not keep the batcher alive.
         only_reasoning: Whether its reply, a single one, was the model's reasoning and nothing else.
         unenforced: Whether nothing in its reply, a single one, fits the schema.
@@ -67,6 +68,7 @@ class CallState:
         "size",
         "unbatched_cost_usd",
         "unenforced",
+        "until",
         "usage",
         "waiting",
     )
@@ -87,6 +89,7 @@ class CallState:
         self.sent: float = sent
         self.attempts: int = 0
         self.first_text: float | None = None
+        self.until: float | None = None
         self.permit: Permit | None = permit
         self.model: str | None = model
         self.price: Callable[[Usage], float] | None = price
@@ -100,6 +103,10 @@ class CallState:
         self._task: asyncio.Task[Any] | None = None  # while it is sent
         self._timer: asyncio.Handle | None = None
         self._cancelled = False
+
+    def ends_before(self, deadline: Deadline | None) -> bool:
+        """Return whether it may end for lack of time while a caller with *deadline*, None for none, goes on waiting."""
+        return not self.ended and self.until is not None and (deadline is None or deadline.at > self.until)
 
     async def while_awaited(
         self, step: Callable[[], Coroutine[Any, Any, T]]

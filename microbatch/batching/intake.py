@@ -322,6 +322,8 @@ class Intake:
         """
         if ticket.done:
             return False
+        if ticket.queue is None and ticket.call is not None and ticket.call.ends_before(waiter.deadline):
+            return False  # its call was given less time than this caller has
         due_at, bulk = waiter.created + patience, waiter.on_taken is not None
         if spec.rank < ticket.spec.rank:
             if ticket.queue is None:

@@ -109,10 +109,12 @@ class Scheduler:
                 self._turns.repaid(permit.account)
         self.changed(permit.account)
 
-    def ready(self, account: Account) -> None:
-        """Note that *account* refused a permit and may have one now."""
-        if self._turns.unblock(account):
+    def ready(self, account: Account) -> bool:
+        """Note that *account* refused a permit and may have one now; return whether anything is going to ask for it."""
+        asks = self._turns.unblock(account)
+        if asks:
             self._asked.set()
+        return asks
 
     def changed(self, account: Account) -> None:
         """Note that calls of *account* have begun, finished, or started or ended a back-off."""

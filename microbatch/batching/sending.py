@@ -72,6 +72,7 @@ class Sending:
         *history* counts it, if it asks again because of combining. *on_failure* gets the error of the attempt before each attempt.
         """
         permit = call_state.permit
+        call_state.until = None if call.timeout is None else self._now() + call.timeout
 
         def on_attempt() -> None:
             if on_failure is not None and permit is not None:

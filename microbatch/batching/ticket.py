@@ -191,6 +191,9 @@ class Call(Protocol):
     sent: float
     usage: Usage | None
 
+    def ends_before(self, deadline: Deadline | None) -> bool:
+        """Return whether it may end for lack of time while a caller with *deadline*, None for none, goes on waiting."""
+
     def abandoned(self) -> None:
         """Note that one request it carries has ended without an answer."""
 

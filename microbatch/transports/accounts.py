@@ -40,6 +40,9 @@ _BINDS: Final = 0.2
 
 _NEVER: Final = float("inf")
 
+_ASKED_WITHIN: Final = 1.0
+"""Seconds after which what may be granted and was not asked for counts as withdrawn; it is asked for as soon as a slot is free."""
+
 
 @dataclass(slots=True, eq=False)
 class Permit:
@@ -134,8 +137,8 @@ class Permit:
 class Slots(Protocol):
     """The scheduler, as accounts use it."""
 
-    def ready(self, account: Account) -> None:
-        """Note that *account* refused a permit and may have one now."""
+    def ready(self, account: Account) -> bool:
+        """Note that *account* refused a permit and may have one now; return whether anything is going to ask for it."""
         ...
 
     def changed(self, account: Account) -> None:
@@ -208,6 +211,23 @@ class Account:
         self._refused = None
         if self.breaker.needs_probe(now):
             self.breaker.probe = permit
+        self._charge(permit, now)
+        return True
+
+    def pay_lent(self, permit: Permit) -> float:
+        """Pay for the attempt that a borrower of the slot makes, unless it is paid: one that no open breaker refuses.
+
+        Return the seconds after which to try again, infinite if only the end of a call can help; 0.0 if it is paid now.
+        """
+        now = asyncio.get_running_loop().time()
+        if permit.paid:
+            return 0.0
+        wait = self._wait(permit.tokens, now)
+        if wait <= 0:
+            self._charge(permit, now)
+        return max(0.0, wait)
+
+    def _charge(self, permit: Permit, now: float) -> None:
         permit.paid = True
         permit.sent = self.used = now
         self.on_wire += 1
@@ -216,7 +236,6 @@ class Account:
             self.begun += 1
         if self._bucket is not None:
             permit.grant = self._bucket.grant(permit.tokens, now, self._claimant)
-        return True
 
     def cancel(self, permit: Permit) -> None:
         """Take back what was granted to *permit* and not used."""
@@ -279,17 +298,28 @@ class Account:
         wait = 0.0 if self.breaker.is_open(now) else self._wait(self._refused, now)
         if wait <= 0:
             self._refused = None
-            if self._bucket is not None:
-                self._bucket.disclaim(self._claimant)  # the request that was refused may have been withdrawn
-            self.slots.ready(self)
+            # The claim stays until it is asked for: without it, two batchers with large requests would give way to each other for ever.
+            if not self.slots.ready(self):
+                self._disclaim()
+            elif self._bucket is not None:
+                self._call_at(now + _ASKED_WITHIN, self._disclaim)
         else:
             self._ask_again_at(now + wait)
+
+    def _disclaim(self) -> None:
+        """Drop the claim to what was refused, if that was withdrawn."""
+        self._stop_timer()
+        if self._refused is None and self._bucket is not None:
+            self._bucket.disclaim(self._claimant)
 
     def _ask_again_at(self, when: float) -> None:
         self._stop_timer()
         if when < _NEVER:  # else the end of a call leads to it
-            # An empty context: not that of the caller that happens to be refused.
-            self._timer = asyncio.get_running_loop().call_at(when, self._ask_again, context=contextvars.Context())
+            self._call_at(when, self._ask_again)
+
+    def _call_at(self, when: float, call: Callable[[], None]) -> None:
+        # An empty context: not that of the caller that happens to be refused.
+        self._timer = asyncio.get_running_loop().call_at(when, call, context=contextvars.Context())
 
     def _stop_timer(self) -> None:
         if self._timer is not None:

@@ -190,7 +190,7 @@ def only_equals_travel_together(world: MixedWorld) -> Iterator[str]:
             lanes = [{(batcher, *rest[-2:]) for batcher, *rest in lane} for lane in lanes]
         if not set.intersection(*lanes):
             yield f"{sent.number} mixes {sent.texts}"
-        if len(set(sent.texts)) != len(sent.texts) and world.scenario.policy.get("share"):
+        if len(set(sent.texts)) != len(sent.texts) and _shares(world):
             yield f"{sent.number} carries a text twice: {sent.texts}"
 
 
@@ -203,7 +203,7 @@ def calls_run_in_no_callers_context(world: MixedWorld) -> Iterator[str]:
 
 def equal_texts_share(world: MixedWorld) -> Iterator[str]:
     """While a caller waits for the answer to a text that is under way, nobody else has the same asked."""
-    if not (world.scenario.policy.get("share") and world.scenario.policy.get("when_full") != "bypass"):
+    if not _shares(world):
         return
     spans: dict[Any, list[Any]] = defaultdict(list)
     for sent in _sent(world):
@@ -212,8 +212,9 @@ def equal_texts_share(world: MixedWorld) -> Iterator[str]:
                 spans[text].append(sent)
     for text, attempts in spans.items():
         callers = world.by_text[text]
-        # Of one text there may be several flights if what is asked differs in anything, or one is more urgent than what is sent.
-        if len({caller.content for caller in callers}) > 1 or len({caller.call.priority for caller in callers}) > 1:
+        # Of one text there may be several flights if what is asked differs in anything, or one is more urgent or has more time.
+        kinds = {(caller.content, caller.call.priority, caller.call.timeout) for caller in callers}
+        if len(kinds) > 1 or callers[0].call.timeout is not None:
             continue
         for before, after in pairwise(attempts):
             waiting = [
@@ -223,6 +224,12 @@ def equal_texts_share(world: MixedWorld) -> Iterator[str]:
             ]
             if waiting and after.started < before.ended:
                 yield f"{text} was sent at {after.started}, though it was under way for {waiting[0].number}"
+
+
+def _shares(world: MixedWorld) -> bool:
+    """Return whether equal texts under way share an answer; what bypasses a full queue does not."""
+    policy = world.scenario.policy
+    return bool(policy.get("share")) and policy.get("when_full") != "bypass"
 
 
 def _left(caller: Caller) -> float:

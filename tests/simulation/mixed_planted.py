@@ -95,7 +95,7 @@ def permit_never_asked_for_again():
 
 def limits_of_ones_own():
     """Batchers that share a limit have each the whole of it."""
-    return replaced(RateLimit, "bucket", lambda _: lambda limit, key, now: Bucket(limit))
+    return replaced(RateLimit, "bucket", lambda _: lambda limit, key, now, *name: Bucket(limit))
 
 
 def lanes_in_common():

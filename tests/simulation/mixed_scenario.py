@@ -199,6 +199,9 @@ def draw(random: Random) -> Mixed:
     bursts = [random.randint(0, 128) * TICK for _ in range(random.randint(1, 4))]
     count = random.randint(2, 20)
     scenario.calls = [_draw_call(random, parts, troubles, bursts, number) for number in range(count)]
+    if "quota" in parts and random.random() < 0.3:
+        for call in scenario.calls:  # over some minutes, as limits are
+            call.at = random.randint(0, 12) * 16.0
     if "spool" in parts:
         scenario.workers = [
             Worker(random.choice(bursts), random.choice((None, TICK, 0.5, 2.0)), random.choice((0.5, 3.0)))

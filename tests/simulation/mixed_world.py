@@ -227,8 +227,8 @@ class MixedWorld(Stage):
         """Note grants that are more than the limit in any minute, as they were charged by then."""
         make, granted = limit.bucket, {}
 
-        def bucket(key, now):
-            made = make(key, now)
+        def bucket(key, now, *name):
+            made = make(key, now, *name)
             if not hasattr(made, "watched"):
                 made.watched = True
                 grant = made.grant
@@ -418,6 +418,7 @@ class MixedWorld(Stage):
     async def _drain(self, shifts: list[asyncio.Task[None]]) -> None:
         if self.spool is None:
             return
+        await asyncio.sleep(1.0)  # what the gone have put may be on its way
         while (await self.spool.counts()).depth:  # noqa: ASYNC110 the workers are other processes
             await asyncio.sleep(0.5)
         self.over = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from simulation import mixed_invariants, mixed_world
 from simulation.invariants import breaches
 from simulation.mixed_scenario import Call, Mixed
@@ -97,6 +98,48 @@ def test_each_relayed_request_that_waits_when_the_batcher_closes_gets_an_error_o
         assert not mixed_invariants.breaches(world)
         errors = [caller.error for caller in world.callers if isinstance(caller.error, mb.ShutDown)]
         assert len({id(error) for error in errors}) == len(errors) >= 3
+
+
+def test_relayed_requests_keep_to_the_limit_while_the_key_is_refused():
+    calls = [Call(texts=("text here cook apples",)), *(Call(at=1.0, what="forward") for _ in range(5))]
+    world = mixed_world.play(
+        mixed(calls=calls, faults=[Fault("auth")], rate_limit={"rpm": 4}, parts=frozenset({"quota"}))
+    )
+    assert not mixed_invariants.breaches(world)
+    assert len(world.upstream.others) == 5
+    closing = mixed(calls=calls, faults=[Fault("auth")], rate_limit={"rpm": 4}, close=(1.5, 0.0))
+    assert not mixed_invariants.breaches(mixed_world.play(closing))
+
+
+def test_two_batchers_whose_requests_need_most_of_a_limit_do_not_give_way_to_each_other_for_ever():
+    for what, kind in (("submit", "text"), ("embed", "vector")):
+        calls = [
+            Call(
+                what=what,
+                batcher=number % 2,
+                texts=(f"{kind} {('here', 'there')[number % 2]} cook {'x' * 600}{number}",),
+            )
+            for number in range(6)
+        ]
+        policy = {"max_batch_size": 1} if what == "submit" else {}
+        world = mixed_world.play(mixed(policy, batchers=2, calls=calls, rate_limit={"tpm": 1_000}))
+        assert not mixed_invariants.breaches(world)
+        assert all(caller.replies for caller in world.callers)
+
+
+@pytest.mark.parametrize("what", ["submit", "embed"])
+@pytest.mark.parametrize("timeout", [None, 2.0])
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_caller_is_not_bound_to_the_shorter_timeout_of_an_equal_request_under_way(what, timeout, others):
+    text = "text here cook" if what == "submit" else "vector here cook"
+    hasty = [Call(what=what, texts=(f"{text} {word}",), timeout=0.5) for word in ("apples", "pears")[: others + 1]]
+    calls = [*hasty, Call(at=0.25, what=what, texts=(f"{text} apples",), timeout=timeout)]
+    slow = [Fault(latency=1.0) for _ in range(4)]
+    policy = {"share": True, "max_concurrent_batches": 4, "idle": "wait", "max_wait": 0.0}
+    world = mixed_world.play(mixed(policy, calls=calls, faults=slow, embeds=slow))
+    assert not mixed_invariants.breaches(world)
+    assert [bool(caller.replies) for caller in world.callers] == [False] * len(hasty) + [True]
+    assert world.callers[-1].ended == 1.25
 
 
 def test_usage_is_conserved_when_embed_many_fails_after_a_text_whose_last_call_reports_nothing():

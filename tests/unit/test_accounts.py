@@ -551,6 +551,38 @@ async def test_relayed_requests_count_against_the_limit():
         assert account.on_wire == 0
 
 
+@pytest.mark.parametrize("error", [mb.AuthFailed("who?", status=401), mb.QuotaExhausted("broke", status=429)], ids=repr)
+async def test_relayed_requests_count_against_the_limit_while_calls_can_only_be_refused(error):
+    loop, begun = asyncio.get_running_loop(), []
+
+    class Relay(ScriptedTransport):
+        def forward(self, method, path, headers, body):
+            return self
+
+        async def __aenter__(self):
+            begun.append(loop.time())
+            return self
+
+        async def __aexit__(self, *_):
+            pass
+
+    limit = mb.RateLimit(rpm=4)
+    async with mb.Microbatcher(Relay(error), tokens="bytes", rate_limit=limit) as batcher:
+
+        async def relay():
+            async with batcher.forward("POST", "chat/completions", {}, b"{}"):
+                pass
+
+        with pytest.raises(type(error)):
+            await batcher.submit(ask("a"))
+        await asyncio.gather(*(relay() for _ in range(5)))
+        assert loop.time() == pytest.approx(WINDOW)
+        await asyncio.sleep(1)
+        (account,) = batcher._parts.accounts._kept.values()
+        assert account.on_wire == account.begun == 0
+    assert begun == at([0, 0, 0, WINDOW, WINDOW])
+
+
 async def test_a_borrower_who_leaves_before_it_is_served_costs_nothing():
     class Relay(ScriptedTransport):
         forwarded = 0
