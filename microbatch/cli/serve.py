@@ -3,9 +3,10 @@ r"""`microbatch serve --upstream URL [options]`: serve the gateway, which combin
 Serve an OpenAI-compatible API in front of another. Chat completions of many
 clients leave as combined prompts, and each client gets its own answer, as JSON
 or as a stream; texts to embed leave as lists. Everything else under /v1 is
-relayed as it is. Clients change nothing but their base URL, and use their own keys: requests with different keys
-never share a prompt, a call or a cached answer. Azure's clients take the
-gateway as their azure_endpoint, whatever the upstream is.
+relayed as it is. Clients change nothing but their base URL, and use their own
+keys: requests with different keys never share a prompt, a call or a cached
+answer. Azure's clients take the gateway as their azure_endpoint, whatever the
+upstream is.
 
 With OPENAI_API_KEY set, or the variable of --api-key-env, clients without a key
 (or with the key "microbatch") use that one, for chat completions, embeddings

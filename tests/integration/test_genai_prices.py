@@ -151,9 +151,13 @@ def test_models_of_other_providers_are_priced_by_whatever_name_is_in_use(model):
     assert 0 < found.cached_input < found.input < found.output
 
 
-@pytest.mark.parametrize(
-    "model", ["no-such-model", "gpt-4.1-micro", "nobody/gpt-4.1", "/", "", "text-embedding-3-small"]
-)
+def test_an_embedding_model_has_no_price_of_output():
+    found = mb.genai_prices()("text-embedding-3-small")
+    assert found is not None
+    assert found.input > 0 == found.output
+
+
+@pytest.mark.parametrize("model", ["no-such-model", "gpt-4.1-micro", "nobody/gpt-4.1", "/", ""])
 def test_what_nobody_lists_by_the_token_has_no_price(model):
     assert mb.genai_prices()(model) is None
 
@@ -163,10 +167,10 @@ def listed(**prices):
     return SimpleNamespace(get_prices=lambda *_: SimpleNamespace(**prices), price_variants=None)
 
 
-@pytest.mark.parametrize("half", [{"input_mtok": 3, "output_mtok": None}, {"input_mtok": None, "output_mtok": 3}])
-def test_half_a_price_is_none(half):
+def test_a_price_of_output_alone_is_none():
     when = datetime.fromtimestamp(NOON, UTC)
-    assert module._as_price(listed(**half), when, tiered=True) is None
+    assert module._as_price(listed(input_mtok=None, output_mtok=3), when, tiered=True) is None
+    assert module._as_price(listed(input_mtok=3, output_mtok=None), when, tiered=True) == mb.Price(3.0)
     assert module._as_price(listed(input_mtok=3, output_mtok=4), when, tiered=True) == mb.Price(3.0, 4.0)
 
 
