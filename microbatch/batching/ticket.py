@@ -396,7 +396,7 @@ class Ticket(Waiter, eq=False):
                 waiter.on_taken(waiter)
 
     def unlist(self) -> None:
-        """Let no other caller join it any more."""
+        """Take it out of its index, so that no other caller joins it."""
         if self.index is not None:
             name = self.caller.key or self.line or self.spec.key
             if self.index.get(name) is self:  # else a later one has taken its place

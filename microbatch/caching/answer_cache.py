@@ -119,7 +119,7 @@ class AnswerCache:
 
     @property
     def keys(self) -> Keys | None:
-        """What makes the keys; None while the secret is not available."""
+        """The maker of keys; None while the secret is not available."""
         return self._keys
 
     # --- looking up

@@ -258,7 +258,7 @@ class Recovery:
                 self._history.learn_size(part.accepted)
 
     def _note_vain(self) -> None:
-        """Let texts go alone for a while if neither this list nor the one before got any sound reply, whole or in parts."""
+        """Send texts alone for a while if neither this list nor the one before got any sound reply, whole or in parts."""
         history = self._history
         if history.is_fruitless and not history.suspended_for:
             history.suspend()

@@ -28,7 +28,7 @@ _CONTENT: Final = "embeddings"
 
 
 class EmbeddingSpec(Spec, frozen=True, eq=False):
-    """What the texts of a lane have in common; see `Spec`.
+    """The options that the texts of a lane have in common; see `Spec`.
 
     Attributes:
         dimensions: Length of each vector; None for the model's own.
@@ -62,7 +62,7 @@ class EmbeddingOptions(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> tuple[Hashable, ...]:
-        """What the texts of a lane have in common."""
+        """Return the options that the texts of a lane have in common."""
         return self.rank, *self.content
 
     def spec(self) -> EmbeddingSpec:

@@ -30,7 +30,7 @@ class Crew:
 
 
 class Lifecycle:
-    """How far a gateway has come.
+    """The stage of its life that a gateway has reached.
 
     Attributes:
         crew: The workers of which it is one; None if it is alone.

@@ -135,7 +135,7 @@ Slices: TypeAlias = list[tuple[int, dict[str, Figures]]]
 
 
 class HourState(msgspec.Struct):
-    """What one process, or several together, have counted in the last hour.
+    """The figures of one process, or of several together, of the last hour.
 
     Attributes:
         began: When counting began; the slices are numbered from there.

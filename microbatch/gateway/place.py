@@ -1,4 +1,4 @@
-"""Where a gateway listens: a TCP port, or a Unix socket."""
+"""The place at which a gateway listens: a TCP port, or a Unix socket."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BACKLOG: Final = 1_024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a gateway listens.
+    """The place at which a gateway listens.
 
     Attributes:
         host: Address or name, all of whose addresses count.

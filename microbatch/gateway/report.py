@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Report(msgspec.Struct):
-    """What one process, or several together, have counted.
+    """The figures of one process, or of several together.
 
     Attributes:
         stats: The figures of the batchers.

@@ -25,7 +25,7 @@ _AZURE_HOST: Final = re.compile(r"\.(?:openai|cognitiveservices|services\.ai)\.a
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where a request goes.
+    """The destination of a request.
 
     Attributes:
         path: Path below the upstream's address, with the query.

@@ -46,7 +46,7 @@ Fact = tuple[str, str]
 
 
 class Signature(NamedTuple):
-    """What a text states, as far as it can be compared with that of another text.
+    """The facts that a text states, as far as it can be compared with that of another text.
 
     Attributes:
         facts: Its facts in order. A text that cannot be judged has one, of itself.
@@ -176,7 +176,7 @@ def _quoted(text: str) -> Iterator[str]:
 
 
 class _Token(NamedTuple):
-    """What stands between white space, without punctuation around it.
+    """A word: the text between white space, without punctuation around it.
 
     Attributes:
         opens: True if a sentence begins with it.

@@ -147,10 +147,10 @@ MODALS: Final = {
     }.items()
     for word in words.split()
 }
-"""What a negation says that follows one of these verbs, apart from "not"."""
+"""Meanings of a negation after one of these verbs, apart from "not"."""
 
 HOW: Final = _set("long much many often far old soon big fast large high tall deep wide late early come")
-"""What makes another question of "how"."""
+"""Words after "how" that make another question of it."""
 
 # One axis a line, its poles apart by a bar; an indented line goes on.
 _AXES: Final = """

@@ -188,7 +188,7 @@ class Account:
 
     @property
     def trouble(self) -> str | None:
-        """Why its requests wait although they are within the limits; None if nothing is wrong."""
+        """The reason for which its requests wait although they are within the limits; None if nothing is wrong."""
         return None if self._bucket is None or self._refused is None else self._bucket.trouble
 
     def permit(self, tokens: int, rank: int, *, again: bool = False) -> Permit:

@@ -56,7 +56,7 @@ _SURE: Final = 2
 
 
 class _Entry(msgspec.Struct):
-    """Whether calls were answered in base64 at an endpoint, whether it is not asked for there, and how doubtful that is."""
+    """An endpoint's use of base64: whether calls were answered in it, whether it is not asked for, and how doubtful that is."""
 
     works: bool = False
     refused: bool = False

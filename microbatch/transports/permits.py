@@ -1,4 +1,4 @@
-"""What the limiters of requests and tokens have in common: the length of a minute, the burst, and how accounts use a limiter."""
+"""Common parts of the limiters of requests and tokens: the length of a minute, the burst, and how accounts use a limiter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Limiter(Protocol):
 
     @property
     def trouble(self) -> str | None:
-        """Why requests wait although they are within the limits; None if nothing is wrong."""
+        """The reason for which requests wait although they are within the limits; None if nothing is wrong."""
 
     def wait(self, tokens: int, now: float, who: object = None) -> float:
         """Return the seconds until a request may be granted if nothing else is; if not 0.0, *who* has a claim until it is granted.

@@ -114,8 +114,6 @@ class MixedWorld(Stage):
         self.deaths: dict[str, int] = {}
         self.closed: tuple[float, float | None] | None = None
         self.over = False
-        self.charges: list[Any] = []
-        self.overspent: list[str] = []
         self.overcharged: list[str] = []
         self.stats: list[mb.Stats] = []
         self._poison = {text for call in scenario.calls if call.poison for text in call.texts}
@@ -197,31 +195,13 @@ class MixedWorld(Stage):
 
             checks._dispatcher.ask_again = beside
         if parts.spending is not None:
-            self._watch_charges(parts.spending)
+            self.watch_charges(parts.spending, self.scenario.budget)
 
     def _settled(self, caller: Caller) -> None:
         caller.pending -= 1
         if not caller.pending:
             caller.settled = self.now()
         self.note("settled", caller.number)
-
-    def _watch_charges(self, spending: Any) -> None:
-        charge, limits = spending.charge, self.scenario.budget
-
-        async def watched(expense):
-            made = await charge(expense)
-            if not isinstance(made, asyncio.Future):
-                self.charges.append(made)
-                spent = {"usd": made.counter.usd, "tokens": made.counter.tokens}
-                self.note("charge", made.usd, made.tokens)
-                self.overspent += [
-                    f"{spent[name]} of {most} {name}"
-                    for name, most in limits.items()
-                    if name in spent and spent[name] > most * (1 + 1e-6)
-                ]
-            return made
-
-        spending.charge = watched
 
     def _watch_grants(self, limit: mb.RateLimit) -> None:
         """Note grants that are more than the limit in any minute, as they were charged by then."""

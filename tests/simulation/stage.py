@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from simulation.loop import ShuffledLoop, Steady, Stuck
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import microbatch as mb
+    from microbatch.spending.spending import Charge
 
 
 class Stage:
@@ -25,6 +28,8 @@ class Stage:
         trace: What happened: virtual time, turn, what, and details.
         stuck: Why the run could not go on, or None.
         leftover: What was left of the batchers after their end: tasks, timers.
+        charges: What a budget was charged.
+        overspent: Charges that exceeded it.
     """
 
     def __init__(self, order: int | None, shuffled: float) -> None:
@@ -32,6 +37,8 @@ class Stage:
         self.trace: list[tuple[Any, ...]] = []
         self.stuck: str | None = None
         self.leftover: list[str] = []
+        self.charges: list[Charge] = []
+        self.overspent: list[str] = []
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def _main(self) -> None:
@@ -53,6 +60,25 @@ class Stage:
         task = self.loop.create_task(coroutine)
         self._tasks.add(task)
         return task
+
+    def watch_charges(self, spending: Any, limits: Mapping[str, float]) -> None:
+        """Note each charge, and what exceeds the budget's *limits*."""
+        charge = spending.charge
+
+        async def watched(expense):
+            made = await charge(expense)
+            if not isinstance(made, asyncio.Future):
+                self.charges.append(made)
+                spent = {"usd": made.counter.usd, "tokens": made.counter.tokens}
+                self.note("charge", made.usd, made.tokens)
+                self.overspent += [
+                    f"{spent[name]} of {most} {name}"
+                    for name, most in limits.items()
+                    if name in spent and spent[name] > most * (1 + 1e-6)
+                ]
+            return made
+
+        spending.charge = watched
 
     def run(self) -> None:
         """Play the scenario to its end."""

@@ -17,8 +17,6 @@ from microbatch.prompt.compose import ALPHABET
 if TYPE_CHECKING:
     from simulation.scenario import Ask, Bulk, Scenario
 
-    from microbatch.spending.spending import Charge
-
 
 class Hostile(dict[str, Any]):
     """A message that raises when it is read."""
@@ -94,8 +92,6 @@ class World(Stage):
         self.closed: tuple[float, float | None] | None = None
         self.shut_call: tuple[float, float] | None = None
         self.stats: mb.Stats | None = None
-        self.charges: list[Charge] = []
-        self.overspent: list[str] = []
         self.finished: float | None = None
         self.bulk_complaints: list[str] = []
         self._letters = Random(scenario.order or 0)
@@ -145,27 +141,8 @@ class World(Stage):
 
         batcher._intake.accept = watched
         if scenario.budget:
-            self._watch_charges(batcher._parts.spending)
+            self.watch_charges(batcher._parts.spending, self.scenario.budget)
         return batcher
-
-    def _watch_charges(self, spending: Any) -> None:
-        """Note each charge, and whether the budget has room for it."""
-        charge, limits = spending.charge, self.scenario.budget
-
-        async def watched(expense):
-            made = await charge(expense)
-            if not isinstance(made, asyncio.Future):
-                self.charges.append(made)
-                spent = {"usd": made.counter.usd, "tokens": made.counter.tokens}
-                self.note("charge", made.usd, made.tokens)
-                self.overspent += [
-                    f"{spent[name]} of {most} {name}"
-                    for name, most in limits.items()
-                    if name in spent and spent[name] > most * (1 + 1e-6)
-                ]
-            return made
-
-        spending.charge = watched
 
     def _settled(self, item: Item) -> None:
         # Callbacks of a future run in the turn after.

@@ -108,7 +108,7 @@ class Supervisor:
         self._note_change()
 
     async def aclose(self) -> None:
-        """Let all workers answer what is under way; until the last one has, they refuse what comes."""
+        """Have all workers answer what is under way, and refuse what comes until the last one has."""
         self._stopping = True
         for worker in self._workers:
             worker.drain()
@@ -224,7 +224,7 @@ class Supervisor:
         return True
 
     def _note_change(self) -> None:
-        """Tell the workers how many serve, and accept connections if any does."""
+        """Send the workers the number of those that serve, and accept connections if any does."""
         up = sum(worker is not None and worker.welcome for worker in self._team)
         for worker in self._workers:
             worker.send(Up(up))
@@ -256,7 +256,7 @@ class Supervisor:
 
     @property
     def counted(self) -> Report | None:
-        """What all workers that have ended have counted; None if none has."""
+        """The figures of all workers that have ended; None if none has."""
         return self._past
 
     # --- connections

@@ -26,7 +26,7 @@ _PROGRAM: Final = (
     f"import os, sys; sys.path[:] = os.environ.pop({_PATH_VARIABLE!r}).split(os.pathsep); "
     "from microbatch.cli.main import main; sys.exit(main())"
 )
-"""What a worker runs: the command with the supervisor's modules, and none of the current directory, where `-m` would look first."""
+"""The program of a worker: the command, with no modules of the current directory, where `-m` would look first."""
 
 CONNECTION: Final = b"c"
 """The byte that goes with a connection; the worker sends one back when it has been closed."""
@@ -176,7 +176,7 @@ class Worker:
         self._channel.send(message)
 
     async def update_report(self) -> None:
-        """Let it report; without an answer in time, the last report stays."""
+        """Ask it for a report; without an answer in time, the last report stays."""
         if self.status is not None or not self.ready:
             return
         number = max(self._asked, default=0) + 1
@@ -195,11 +195,11 @@ class Worker:
         self._channel.send(Retire())
 
     def drain(self) -> None:
-        """Let it answer the requests under way; others it refuses, until it is told to end."""
+        """Have it answer the requests under way, and refuse others until it is told to end."""
         self._channel.send(Drain())
 
     def end(self) -> None:
-        """Let it end after `drain`."""
+        """Have it end, after `drain`."""
         self._channel.send(End())
 
     def kill(self) -> None:
