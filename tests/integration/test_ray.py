@@ -16,7 +16,7 @@ from microbatch.testing import SimulatedEndpoint
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-    import os, sys
+    import os
     import ray
     import microbatch as mb
     from microbatch.ray import Ask
@@ -26,14 +26,14 @@ PROGRAM = """
         async def __call__(self, batch):
             if "chair 1500" in batch["name"]:
                 try:
-                    os.close(os.open(sys.argv[1], os.O_CREAT | os.O_EXCL))
+                    os.close(os.open(os.environ["DIED"], os.O_CREAT | os.O_EXCL))
                     os._exit(1)
                 except FileExistsError:
                     pass
             return await super().__call__(batch)
 
     if __name__ == "__main__":
-        names = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "PYTHONPATH")
+        names = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "PYTHONPATH", "DIED")
         ray.init(
             num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
             runtime_env={"env_vars": {name: os.environ[name] for name in names}},
@@ -49,7 +49,8 @@ PROGRAM = """
         assert sorted(row["name"] for row in answered) == sorted(row["name"] for row in rows)
         assert all(row["answer"] == row["name"].upper() for row in good)
         assert bad["error"].startswith("ContextTooLong: ") and bad["answer"] is None, bad["error"]
-        print(len(good), asked.sum("prompt_tokens") == sum(row["prompt_tokens"] for row in answered), os.path.exists(sys.argv[1]))
+        summed = asked.sum("prompt_tokens") == sum(row["prompt_tokens"] for row in answered)
+        print(len(good), summed, os.path.exists(os.environ["DIED"]))
 """
 
 pytestmark = pytest.mark.slow
@@ -71,9 +72,10 @@ async def test_each_row_is_answered_once_whatever_happens_to_an_actor(tmp_path):
             "OPENAI_API_KEY": "test",
             "OPENAI_BASE_URL": endpoint.base_url,
             "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))),
+            "DIED": str(tmp_path / "died"),
         }
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, str(tmp_path / "job.py"), str(tmp_path / "died")),
+            *(sys.executable, str(tmp_path / "job.py")),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
