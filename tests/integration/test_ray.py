@@ -82,5 +82,5 @@ async def test_each_row_is_answered_once_whatever_happens_to_an_actor(tmp_path):
         )
         output, complaints = await process.communicate()
         assert process.returncode == 0, complaints.decode()
-        assert output.splitlines()[-1] == b"1999 True True", output.decode()
+        assert b"1999 True True" in output.splitlines(), output.decode()  # Ray's own lines may come at any time
         assert endpoint.calls <= 250
