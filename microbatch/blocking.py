@@ -175,11 +175,13 @@ class BlockingMicrobatcher:
 
     def call(self, function: Callable[..., Awaitable[T]], *args: Any, **options: Any) -> T:
         """Run an async function on the event loop, and return its result."""
-        future = self.start(partial(function, *args, **options))
+        future: Future[T] | None = None
         try:
+            future = self.start(partial(function, *args, **options))
             return future.result()
         except BaseException:
-            future.cancel()  # without effect if it has ended
+            if future is not None:
+                future.cancel()  # without effect if it has ended
             raise
 
     def start(self, function: Callable[[], Awaitable[T]]) -> Future[T]:

@@ -261,11 +261,17 @@ def test_it_answers_what_waits_at_the_exit_of_the_process():
 
 def test_an_interruption_gives_the_request_up():
     assert run("""
-        import signal
+        import concurrent.futures, signal
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started with SIGINT ignored
         batcher = blocking(latency=Latency(first_token=30))
+        waiting = concurrent.futures.Future.result.__code__
+        def stack(frame):
+            while frame is not None:
+                yield frame.f_code
+                frame = frame.f_back
         def interrupt():
-            while batcher.stats().upstream_calls < 1:
+            main = threading.main_thread().ident
+            while batcher.stats().upstream_calls < 1 or waiting not in stack(sys._current_frames()[main]):
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGINT)
         threading.Thread(target=interrupt).start()
