@@ -176,7 +176,7 @@ def _answer_pairs(right: dict[str, str], pairs: list[Pair]) -> None:
 
 def _walls(answers: dict[str, str], rewritten: list[str], gold: list[str], pairs: dict[str, list[Pair]], vectors: _Vectors, seed: int) -> dict[str, Any]:  # fmt: skip
     labels = sorted(set(answers.values()))
-    # What is shown here are walls, so answers are handed out soon.
+    # The walls are shown where answers are handed out, so they have to be handed out soon.
     scene = cached.Scene(answers, labels, vectors.embed, max_error=20 * BOUND, noise=0.0, seed=seed)
     found = cached.run(cached.walls(scene, rewritten, gold, pairs))
     _say(f"walls, {found}")

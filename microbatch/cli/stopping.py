@@ -104,7 +104,7 @@ def at_hangup(reload: Callable[[], Awaitable[None]], stop: Callable[[], object])
 
 
 class Server(NamedTuple):
-    """What `listening` opens and closes.
+    """A server, as `listening` opens and closes it.
 
     Attributes:
         where: The address for messages.

@@ -74,7 +74,7 @@ def refusal(asked: Signature, kept: Signature) -> str | None:
     if asked.words == kept.words and asked.poles == kept.poles:
         return None
     here, there = set(asked.words), set(kept.words)
-    # What may be a name in one text is in the other one as well, in whatever case, and in the same order.
+    # A word that may be a name in one text has to be in the other one as well, in any case, and in the same order.
     if _reordered(asked.words, kept.words, asked.openings | kept.openings):
         return "names"
     if _turned(here - there, there) or _turned(there - here, here):

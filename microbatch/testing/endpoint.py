@@ -29,9 +29,10 @@ from microbatch.testing.wire import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
     from types import TracebackType
 
+    from microbatch.testing.embeddings import EmbeddingReply
     from microbatch.testing.reply import Ending, SimulatedReply
 
 MAX_REQUEST_BYTES = 64 * 2**20
@@ -142,6 +143,18 @@ class SimulatedEndpoint(BatchModel):
         await self.aclose()
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve(request, self.respond, self._send_completion)
+
+    async def _embed(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve(request, self.embed, self._send_vectors)
+
+    async def _serve(
+        self,
+        request: web.Request,
+        make: Callable[..., Awaitable[Any]],
+        send: Callable[..., Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        """Read *request*, *make* its reply, and *send* it."""
         start = asyncio.get_running_loop().time()
         number = self.calls + 1
         try:
@@ -149,18 +162,23 @@ class SimulatedEndpoint(BatchModel):
             raw = await request.read()
             body = json_object(raw)
             number = self.admit(body)
-            reply = await self.respond(body, key, len(raw))
+            reply = await make(body, key, len(raw))
         except EndpointError as error:
             return error_response(error, number)
         try:
             if reply.ending == "hang":
                 await self._break(request, reply.ending)
                 return web.Response()
-            respond = self._stream if body.get("stream") else self._whole
-            return await respond(request, body, reply, start, number)
+            return await send(request, body, reply, start, number)
         except asyncio.CancelledError:
             self.disconnects += not self._closing.is_set()
             raise
+
+    async def _send_completion(
+        self, request: web.Request, body: dict[str, Any], reply: SimulatedReply, start: float, number: int
+    ) -> web.StreamResponse:
+        respond = self._stream if body.get("stream") else self._whole
+        return await respond(request, body, reply, start, number)
 
     async def _stream(
         self, request: web.Request, body: dict[str, Any], reply: SimulatedReply, start: float, number: int
@@ -201,30 +219,15 @@ class SimulatedEndpoint(BatchModel):
             return web.Response(body=content, headers=headers)
         return await self._half(request, content, headers, reply.ending)
 
-    async def _embed(self, request: web.Request) -> web.StreamResponse:
-        start = asyncio.get_running_loop().time()
-        number = self.calls + 1
-        try:
-            key = authorize(request, self.api_keys)
-            raw = await request.read()
-            body = json_object(raw)
-            number = self.admit(body)
-            reply = await self.embed(body, key, len(raw))
-        except EndpointError as error:
-            return error_response(error, number)
+    async def _send_vectors(
+        self, request: web.Request, _body: dict[str, Any], reply: EmbeddingReply, start: float, number: int
+    ) -> web.StreamResponse:
         headers = {"Content-Type": "application/json", **own_headers(number, reply.limits)}
-        try:
-            if reply.ending == "hang":
-                await self._break(request, reply.ending)
-                return web.Response()
-            await sleep_until(start + (self.latency.first_token or 0.0))
-            if reply.ending == "done":
-                self.report(reply.usage)
-                return web.Response(body=reply.body, headers=headers)
-            return await self._half(request, reply.body, headers, "reset")
-        except asyncio.CancelledError:
-            self.disconnects += not self._closing.is_set()
-            raise
+        await sleep_until(start + (self.latency.first_token or 0.0))
+        if reply.ending == "done":
+            self.report(reply.usage)
+            return web.Response(body=reply.body, headers=headers)
+        return await self._half(request, reply.body, headers, "reset")
 
     async def _half(
         self, request: web.Request, content: bytes, headers: Mapping[str, str], ending: Ending

@@ -7,7 +7,7 @@ from callers import KEY
 
 from microbatch.testing import SimulatedEndpoint, embedded
 
-# What the frameworks themselves warn of is theirs.
+# Warnings of the frameworks about themselves are no failures here.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 MODEL = "text-embedding-3-small"

@@ -24,7 +24,7 @@ from microbatch.accounting.tokens import load_encoding
 from microbatch.gateway import Gateway
 from microbatch.openai import AsyncOpenAI
 
-# What the frameworks themselves warn of is theirs.
+# Warnings of the frameworks about themselves are no failures here.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 CALLERS = 16

@@ -509,7 +509,7 @@ async def test_a_client_that_does_not_read_a_large_answer_is_cut_off():
             writer.write(to_embeddings(asked([f"t{number}" for number in range(2_048)], dimensions=1_536)))
             await until(lambda: upstream.tokens)
             await until(lambda: served._serving == 0)
-            # What it has not read is dropped, not kept for it.
+            # The unread rest of the answer is dropped, not kept.
             await until(lambda: served.connections._count == 0)
             received = b""
             with suppress(ConnectionError):

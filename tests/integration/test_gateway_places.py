@@ -327,7 +327,7 @@ async def test_a_hangup_reads_prices_and_keys_again_and_loses_nothing(tmp_path):
     assert [line["status"] for line in before + after] == [200] * 5
     assert len(after) == 2
     assert [line["cost_usd"] / line["prompt_tokens"] for line in (before[0], after[1])] == pytest.approx([1.0, 2.0])
-    # What is no token is a client's own key.
+    # A credential that is not the token is a client's own key.
     assert [key for key, _ in upstream.heard] == [
         f"Bearer {key}" for key in ("sk-old", "sk-old", "second", "first", "sk-new")
     ]

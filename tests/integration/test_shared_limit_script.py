@@ -39,7 +39,7 @@ class Table:
         return self.world.run(name, order)
 
     def contact(self, name, *, lost=False, leaving=False):
-        """Let *name* contact the server; its answer may be *lost*. Return what it says."""
+        """Contact the server as *name*, and return its answer, which *name* does not get if it is *lost*."""
         bucket = self.buckets[name]
         order = bucket.order(self.now, leaving=leaving)
         answer = self.told(name, order)
@@ -50,7 +50,7 @@ class Table:
         return answer[0].decode()
 
     def fail(self, names):
-        """Let contacts of *names* fail."""
+        """Have the contacts of *names* fail."""
         for name in names:
             bucket = self.buckets[name]
             bucket.failed(bucket.order(self.now), "gone", self.now)
@@ -59,14 +59,14 @@ class Table:
         return [self.contact(name) for name in names or self.buckets]
 
     def pass_time(self, seconds, names=None):
-        """Let time pass with the heartbeats of *names*, by default all; "" for none."""
+        """Advance the time, with the heartbeats of *names*: None for all, "" for none."""
         end = self.now + seconds
         while self.now < end - 1e-9:
             self.now = min(end, self.now + HEARTBEAT / 2)
             self.beat(self.buckets if names is None else names)
 
     def send(self, name, number=1, tokens=0, *, alone=False):
-        """Let *name* send up to so many requests, each as soon as it asks, *alone* without a contact; return how many went."""
+        """Send up to so many requests as *name*, *alone* without contacts in between, and return the number that went."""
         bucket = self.buckets[name]
         for done in range(number):
             if bucket.wait(tokens, self.now) > 0:
