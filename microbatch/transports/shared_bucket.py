@@ -48,6 +48,13 @@ IDLE: Final = 1.0
 LEAVE: Final = 2 * WINDOW
 """Seconds after the latest request until the process is no longer a member."""
 
+_MARGIN: Final = 1 / 32
+"""A part of a request's tokens that is drawn in addition. The request may be estimated anew before it is sent; it would then stand in
+line again for a few tokens, and keep the others from using those that it holds."""
+
+_MOST_MARGIN: Final = 1 / 256
+"""The part of the limit that the margins of all processes are at most."""
+
 _SLOT: Final = 0.25
 _MAX_AHEAD: Final = 4_096
 _FAST: Final = 0.05
@@ -292,11 +299,14 @@ class SharedBucket:
         if not self._claims:
             return None
         amounts = (1, next(iter(self._claims.values())))
-        needed = [
+        requests, tokens = (
             0 if limit is None else max(0, amount - held)
             for amount, held, limit in zip(amounts, self._held, self._limits, strict=True)
-        ]
-        return (needed[0], needed[1]) if any(needed) else None
+        )
+        if tokens and self._limits[1] is not None:
+            margin = min(_MARGIN * amounts[1], _MOST_MARGIN * self._limits[1] / max(1, self._members), self._limits[1] - amounts[1])
+            tokens += max(0, int(margin))
+        return (requests, tokens) if requests or tokens else None
 
     def _units_held(self) -> float:
         """Return how many usual requests could be paid from what is held."""

@@ -25,7 +25,7 @@ import microbatch as mb
 from microbatch.testing import Latency, Quota, SimulatedEndpoint
 
 RPM, TPM = 1_000, 200_000
-LOADS = {"requests": (1, 16), "tokens": (8, 200)}  # items in a call, and max_tokens of each
+LOADS = {"requests": (1, 16), "tokens": (8, 200), "large": (16, 280)}  # items in a call, and max_tokens of each
 SYSTEM = "Answer with the word that is asked for. "
 
 

@@ -61,7 +61,7 @@ def test_whatever_happens_no_minute_sees_more_than_the_limit(redis_server, seed)
     world.advance(122)
     assert world.judge.excess <= 0
     used = world.judge.used(since, world.now)
-    assert max(amount / limit for amount, limit in zip(used, world.limit, strict=True) if limit is not None) > 0.6
+    assert max(amount / limit for amount, limit in zip(used, world.limit, strict=True) if limit is not None) > 0.75
 
 
 def play(server, seed, minutes=6):

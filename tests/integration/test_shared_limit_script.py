@@ -120,6 +120,22 @@ def test_a_block_is_one_request_at_least(table):
     assert table("abcd", rpm=8).send("a") == 1
 
 
+def test_a_request_that_is_estimated_a_little_higher_than_when_it_was_refused_does_not_wait_again(table):
+    world = table("ab", tpm=100_000)
+    bucket = world.buckets["a"]
+    assert bucket.wait(3_200, world.now) > 0
+    world.contact("a")
+    assert bucket.wait(3_210, world.now) == 0
+    bucket.grant(3_210, world.now)
+    assert bucket._held[1] <= 100_000 // (256 * 2)
+
+
+def test_one_request_may_take_the_whole_limit(table):
+    world = table("a", tpm=100_000)
+    assert world.send("a", 1, 100_000) == 1
+    assert world.buckets["a"]._held[1] == 0
+
+
 def test_what_is_held_counts_until_it_is_reported_or_given_back(table):
     world = table("ab", rpm=1_000)
     for _ in range(8):
