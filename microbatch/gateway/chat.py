@@ -21,6 +21,7 @@ from microbatch.gateway.access import not_json
 from microbatch.gateway.chat_request import read_chat_request, read_control_headers
 from microbatch.gateway.errors import translate
 from microbatch.gateway.event_stream import DONE, EventStream
+from microbatch.gateway.route import Route
 from microbatch.gateway.served import reply_headers, served
 from microbatch.messages import Usage
 from microbatch.openai.chat_completion import completion_of, first_choice, first_message
@@ -28,13 +29,7 @@ from microbatch.transports.chat_wire import completion_object, usage_object
 from microbatch.transports.lenient import as_object, is_array
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from microbatch.client import Microbatcher
-    from microbatch.gateway.access import Access
     from microbatch.gateway.chat_request import ChatRequest
-    from microbatch.gateway.relay import Relay
-    from microbatch.gateway.settings import GatewaySettings
     from microbatch.gateway.upstream import Place
     from microbatch.live_answer import LiveAnswer
     from microbatch.messages import Reply
@@ -46,24 +41,8 @@ _ALREADY_PAID: Final = frozenset({"cache", "shared", "similar"})
 _encode: Final = msgspec.json.Encoder().encode
 
 
-class ChatRoute:
-    """Serves chat completions; *model* is the one for requests that name none, *harmless* parameters are combined."""
-
-    def __init__(
-        self,
-        batcher: Microbatcher,
-        access: Access,
-        relay: Relay,
-        settings: GatewaySettings,
-        model: str | None,
-        harmless: Collection[str],
-    ) -> None:
-        self._batcher = batcher
-        self._access = access
-        self._relay = relay
-        self._settings = settings
-        self._model = model
-        self._harmless = harmless
+class ChatRoute(Route):
+    """Serves chat completions."""
 
     async def serve(self, request: web.Request, place: Place) -> web.StreamResponse:
         """Answer *request*, which goes to *place*."""

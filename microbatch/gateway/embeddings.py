@@ -9,6 +9,7 @@ from aiohttp import web
 
 from microbatch.gateway.access import JSON, not_json
 from microbatch.gateway.chat_request import read_control_headers
+from microbatch.gateway.route import Route
 from microbatch.gateway.served import reply_headers, served
 from microbatch.gateway.vectors import encode_list, encode_pieces, is_small
 from microbatch.openai.embedding import EmbeddingRequest, embed_all, read_embedding_request, reply_of, usage_of
@@ -16,37 +17,18 @@ from microbatch.openai.embedding import EmbeddingRequest, embed_all, read_embedd
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from microbatch.client import Microbatcher
-    from microbatch.gateway.access import Access
-    from microbatch.gateway.relay import Relay
-    from microbatch.gateway.settings import GatewaySettings
     from microbatch.gateway.upstream import Place
     from microbatch.messages import Embedding, Reply
 
 
-class EmbeddingsRoute:
-    """Serves embeddings; *model* is the one for requests that name none, None for none, *harmless* fields are combined.
+class EmbeddingsRoute(Route):
+    """Serves embeddings.
 
     Attributes:
         texts: Texts that were asked for, of requests that were not relayed.
     """
 
-    def __init__(
-        self,
-        batcher: Microbatcher,
-        access: Access,
-        relay: Relay,
-        settings: GatewaySettings,
-        model: str | None,
-        harmless: Collection[str],
-    ) -> None:
-        self._batcher = batcher
-        self._access = access
-        self._relay = relay
-        self._settings = settings
-        self._model = model
-        self._harmless = harmless
-        self.texts: int = 0
+    texts: int = 0
 
     async def serve(self, request: web.Request, place: Place) -> web.StreamResponse:
         """Answer *request*, which goes to *place*.
