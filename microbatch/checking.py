@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from functools import cache, wraps
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar, Union, cast
+from typing import Annotated, Any, Literal, TypeAlias, TypeGuard, TypeVar, Union, cast
 
 from microbatch.errors import ConfigError
 
@@ -38,13 +38,19 @@ Seconds: TypeAlias = Annotated[float, AtLeast(0)]
 Positive: TypeAlias = Annotated[float, AtLeast(0.001)]
 Share: TypeAlias = Annotated[float, AtLeast(0), AtMost(1)]
 
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether *value* is a real number of any class in the range of floats, infinite or not; NaN and bools are none."""
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+    except OverflowError:
+        return False
+
+
 _KINDS: dict[object, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: isinstance(value, bool), "True or False"),
-    int: (lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool), "a whole number"),
-    float: (
-        lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value),
-        "a number",
-    ),
+    int: (lambda value: isinstance(value, numbers.Integral) and is_number(value), "a whole number"),
+    float: (is_number, "a number"),
     str: (lambda value: isinstance(value, str), "a string"),
 }
 """The test and the name of types that are more, or less, than the instances of a class."""
@@ -122,9 +128,15 @@ def check(name: str, value: object, hint: Any) -> None:
     if wanted is not None:
         words = isinstance(value, str) and ("number" in wanted or wanted.startswith("one of"))
         known = value is None or isinstance(value, numbers.Number) or words  # any other text may be a key
-        shown = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+        kind = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         wanted = wanted if wanted.startswith("have ") else f"be {wanted}"
-        raise ConfigError(f"{name} must {wanted}, got {repr(value) if known else shown}")
+        raise ConfigError(f"{name} must {wanted}, got {shown(value) if known else kind}")
+
+
+def shown(value: object) -> str:
+    """Return *value* as a message shows it."""
+    # Python refuses to write integers of thousands of digits.
+    return "a number out of range" if isinstance(value, numbers.Integral) and not is_number(int(value)) else repr(value)
 
 
 def _lack(value: Any, hint: Any) -> str | None:
@@ -185,13 +197,13 @@ def at_least(minimum: float, *, optional: bool = True, **settings: float | None)
     """Check that numbers, given by name, are at least *minimum*, or None if *optional*.
 
     Raises:
-        ConfigError: One is no number, is NaN or is below the minimum.
+        ConfigError: One is no number in the range of floats, is NaN or is below the minimum.
     """
     for name, value in settings.items():
         if value is None and optional:
             continue
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value) or value < minimum:
-            raise ConfigError(f"{name} must be a number of at least {minimum}, got {value!r}")
+        if not is_number(value) or value < minimum:
+            raise ConfigError(f"{name} must be a number of at least {minimum}, got {shown(value)}")
 
 
 def plain_function(function: object, **settings: str) -> None:
@@ -220,7 +232,7 @@ def whole(minimum: int, *, optional: bool = True, **settings: int | None) -> Non
     """
     for name, value in settings.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
-            raise ConfigError(f"{name} must be a whole number, got {value!r}")
+            raise ConfigError(f"{name} must be a whole number, got {shown(value)}")
     at_least(minimum, optional=optional, **settings)
 
 

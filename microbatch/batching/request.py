@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 import msgspec
 
 from microbatch.batching.ticket import NORMAL, Spec
-from microbatch.checking import one_of, whole
+from microbatch.checking import is_number, one_of, shown, whole
 from microbatch.errors import ConfigError
 from microbatch.messages import Message, Priority
 from microbatch.prompt.codec import Settings
@@ -94,8 +93,8 @@ def read_options(
             del fields["response_format"]
     form, fields, alone = _read_form(fields, harmless, may_ask=output_type is str and response_format is None)
     if temperature is not None:
-        if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real) or math.isnan(temperature):
-            raise ConfigError(f"temperature must be a number, got {temperature!r}")
+        if not is_number(temperature):
+            raise ConfigError(f"temperature must be a number, got {shown(temperature)}")
         temperature = plainly(temperature, "temperature")
         fields["temperature"] = temperature
     answer = form or answer_type(output_type, response_format)

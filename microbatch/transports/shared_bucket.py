@@ -304,7 +304,11 @@ class SharedBucket:
             for amount, held, limit in zip(amounts, self._held, self._limits, strict=True)
         )
         if tokens and self._limits[1] is not None:
-            margin = min(_MARGIN * amounts[1], _MOST_MARGIN * self._limits[1] / max(1, self._members), self._limits[1] - amounts[1])
+            margin = min(
+                _MARGIN * amounts[1],
+                _MOST_MARGIN * self._limits[1] / max(1, self._members),
+                self._limits[1] - amounts[1],
+            )
             tokens += max(0, int(margin))
         return (requests, tokens) if requests or tokens else None
 
