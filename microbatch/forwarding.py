@@ -56,6 +56,7 @@ async def forwarded(
         lease_slot = partial(parts.engine.lease_slot, model, credentials, cost)
         lease, charge = await _paid_slot(parts, relayed, lease_slot, expense)
         bill = await relayed.enter_async_context(_charged(parts.spending, charge))
+        parts.engine.check_running()  # it may have closed since the slot was granted
         lease.used = True
         ledger.upstream_calls += 1
         ledger.forwarded += 1
@@ -117,7 +118,6 @@ async def _paid_slot(
     while True:
         async with AsyncExitStack() as taken:
             lease = await taken.enter_async_context(lease_slot())
-            lease.used = False
             permit = lease.granted.result()
             wait = permit.account.pay_lent(permit)
             if wait:

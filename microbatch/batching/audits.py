@@ -277,9 +277,7 @@ class Audits:
             pass  # its prompt counts below, or audits that always fail would cost nothing
         finally:
             del self._leases[lease]
-            if lease.queue is not None:
-                lease.queue.discard(lease)
-            lease.returned.set()
+            lease.give_back()
         text, usage = ("", None) if answer is None else (answer.text or "", answer.usage)
         usage = usage or estimated_call(spec.shared_chars + len(ticket.line), len(text))
         sample.record.audits_cost += self._cost(spec, usage)

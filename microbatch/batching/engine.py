@@ -100,7 +100,8 @@ class Engine:
             self._end_waiting()
             # A task that is cancelled before its first step never gets to settle its tickets.
             for work in self.scheduler.under_way.values():
-                work.permit.finish()
+                if work.lease is None:
+                    work.permit.finish()
                 self._fail(work.tickets, ShutDown(_NEVER_SENT))
 
     def admit(self) -> None:
@@ -192,14 +193,12 @@ class Engine:
 
     async def _do(self, work: Work) -> None:
         """Do *work*; whatever happens in it, every one of its tickets ends."""
+        if work.lease is not None:
+            await work.lease.returned.wait()
+            return
         error: RequestFailed | None = None
         try:
-            if work.lease is not None:
-                await work.lease.returned.wait()
-                if work.lease.used:
-                    work.permit.used()
-            else:
-                await self._calls_of(work).make(work)
+            await self._calls_of(work).make(work)
         except (asyncio.CancelledError, KeyboardInterrupt, SystemExit):
             error = ShutDown("the batcher closed before the answer came")
             raise
@@ -227,24 +226,21 @@ class Engine:
         *rank* the priority.
 
         Yields:
-            The lease; if nothing was sent after all, it is to be marked as not used.
+            The lease, to be marked as used if something is sent past its permit.
 
         Raises:
             ShutDown: The batcher closed before a slot was free.
         """
-        self._check_running()
+        self.check_running()
         account = self._given.accounts.of(model, headers)
         cost = cost if account.max_tokens is None else min(cost, account.max_tokens)
         lease = SlotLease(cost, asyncio.get_running_loop().create_future(), asyncio.Event(), rank)
         self.singles.add(lease, None, account)
         try:
             await lease.granted
-            lease.used = True
             yield lease
         finally:
-            if lease.queue is not None:
-                lease.queue.discard(lease)
-            lease.returned.set()
+            lease.give_back()
 
     async def rest(self, until: asyncio.Future[None]) -> None:
         """Wait *until* something is done, in a place and without a slot.
@@ -252,16 +248,17 @@ class Engine:
         Raises:
             ShutDown: The batcher closed before.
         """
-        self._check_running()
+        self.check_running()
         self._resting[until] = None
         try:
             await until
         finally:
             del self._resting[until]
 
-    def _check_running(self) -> None:
+    def check_running(self) -> None:
+        """Raise `ShutDown` if the batcher has closed, and nothing may be sent any more."""
         if self._ended:
-            raise ShutDown(_NO_SLOT)
+            raise ShutDown(_NEVER_SENT)
 
 
 def _bug(cause: BaseException | None) -> RequestFailed:

@@ -423,7 +423,7 @@ class SlotLease(msgspec.Struct, eq=False):
 
     Attributes:
         granted: The permit, when the slot is granted; fails if it never will be.
-        returned: Set by the holder in the end.
+        returned: Set by `give_back`.
         rank: Its priority.
         used: Whether the holder sent something past the permit.
     """
@@ -457,3 +457,19 @@ class SlotLease(msgspec.Struct, eq=False):
         """Fail it with *error*, if it still waits."""
         if not self.done:
             self.granted.set_exception(error)
+
+    def give_back(self) -> None:
+        """Leave the queue, or give back the slot and what the permit has paid for and was not used.
+
+        Only the holder calls it, when nothing that it sent is under way: a permit taken from it earlier, as when the batcher closes,
+        would be refunded although its request was sent, and others would exceed the limits.
+        """
+        if self.queue is not None:
+            self.queue.discard(self)
+        granted = self.granted
+        if granted.done() and not granted.cancelled() and granted.exception() is None:
+            permit = granted.result()
+            if self.used:
+                permit.used()
+            permit.finish()
+        self.returned.set()

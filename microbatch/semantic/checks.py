@@ -190,7 +190,6 @@ class Checks:
         spec = ticket.spec
         try:
             async with self._lease(spec.model, spec.headers, ticket.cost, LOW) as lease:
-                lease.used = False  # the dispatcher says so itself
                 if not self._closing():
                     return await self._dispatcher.ask_again(ticket, lease.granted.result(), None, "check")
         except Filtered:

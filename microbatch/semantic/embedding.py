@@ -154,7 +154,6 @@ class EndpointEmbedder:
         tokens = sum(estimate(text, given.count) for text in each.texts)
         completion: Completion | None = None
         async with self._lease(options.model, options.headers, tokens, HIGH) as lease:
-            lease.used = False  # its attempts are paid for by themselves
             permit = lease.granted.result()
             permit.expense = partial(Expense, Usage(tokens), options.model, options.tenant)
             state = CallState(1, "look_up", given.now(), given.price(options.model), permit, options.model)

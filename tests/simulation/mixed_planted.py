@@ -18,6 +18,7 @@ from microbatch.batching.attribution import UsageAttribution
 from microbatch.batching.engine import Engine
 from microbatch.batching.intake import Intake
 from microbatch.batching.lane_table import LaneTable
+from microbatch.batching.ticket import SlotLease
 from microbatch.caching.key import Keys
 from microbatch.embedding.vectors import VectorAnswer
 from microbatch.schema.answer_type import AnswerType
@@ -72,7 +73,7 @@ def slot_kept_by_the_relayed():
                 try:
                     yield lease
                 except asyncio.CancelledError:
-                    lease.returned = asyncio.Event()
+                    lease.granted = asyncio.Future()
                     raise
 
         return wrapper
@@ -128,18 +129,14 @@ def lost_audit_usage():
     return replaced(UsageAttribution, "attribute_beside", lambda _: lambda attribution, what, cost: None)
 
 
-class _Deaf(asyncio.Event):
-    def set(self):
-        pass
+class _Kept(SlotLease):
+    def give_back(self):
+        self.returned.set()
 
 
 def slot_kept_by_an_audit():
     """An audit keeps its slot."""
-
-    def keep(lease):
-        return lambda cost, granted, returned, rank: lease(cost, granted, _Deaf(), rank)
-
-    return replaced(audits_module, "SlotLease", keep)
+    return replaced(audits_module, "SlotLease", lambda _: _Kept)
 
 
 # --- embeddings

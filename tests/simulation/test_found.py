@@ -153,3 +153,25 @@ def test_usage_is_conserved_when_embed_many_fails_after_a_text_whose_last_call_r
     assert not mixed_invariants.breaches(world)
     assert isinstance(world.callers[0].error, mb.BadRequest)
     assert world.stats[0].unclaimed.prompt_tokens == world.upstream.others[0].reported.prompt_tokens
+
+
+def test_a_relayed_request_under_way_when_its_batcher_has_closed_counts_against_the_limit_of_another():
+    relayed = [Call(what="forward", charged=charged) for charged in (False, True)]
+    others = [
+        Call(at=2.0, batcher=1, what=what, texts=(f"text there cook {word}",) if what == "submit" else ())
+        for what, word in [("submit", "apples"), ("submit", "pears"), ("forward", ""), ("submit", "plums")]
+    ]
+    for grace, latency in ((0.5, 4.0), (0.0, 4.0), (0.5, 100.0)):
+        world = mixed_world.play(
+            mixed(
+                {"max_batch_size": 1, "max_concurrent_batches": 4},
+                batchers=2,
+                calls=[*relayed, *others],
+                forwards=[Fault(latency=latency)] * 2,
+                rate_limit={"rpm": 4},
+                parts=frozenset({"quota", "pair", "forward"}),
+                close=(1.0, grace),
+            )
+        )
+        assert not mixed_invariants.breaches(world)
+        assert [bool(caller.outcome) and not caller.error for caller in world.callers] == [True] * 6
