@@ -10,7 +10,8 @@ account with nothing on the wire, or one high-priority request per account, may 
 Two things hold an account back without holding up others:
 
 - It is *blocked* while it has no permit to give. What was refused is its *head* and goes first afterwards, so that a small request
-  never overtakes a large one; only attempts go before new work even then.
+  never overtakes a large one; only attempts go before new work even then. It is no longer blocked when what was refused has become
+  another, larger or smaller: the permit that it waits for is of the wrong size then.
 - It begins no new call while as many as there are slots have begun and not finished, or while most of them back off: during an
   outage requests wait unsent, where they can still be cancelled, joined or promoted. Retries of calls that have begun go on.
 
@@ -154,12 +155,12 @@ class _Load:
 
     Attributes:
         head: What was refused a permit last, and is served first.
-        blocked: Whether the account has no permit to give.
+        refused: What the account has no permit to give for now, so that it is blocked; None if it is not.
     """
 
     turns: list[_AccountTurn | None] = field(default_factory=lambda: [None] * len(WEIGHTS))
     head: WaitQueue | Attempt | None = None
-    blocked: bool = False
+    refused: WaitQueue | Attempt | None = None
 
     def forget(self, item: WaitQueue | Attempt) -> None:
         if self.head is item:
@@ -242,7 +243,7 @@ class FairQueue:
         turn.queue_of(attempt).remove(attempt)
         if load.head is attempt:
             load.head = None
-            load.blocked = False  # what is next may need less
+            load.refused = None  # what is next may need less
         self._place_all(load)
 
     # --- whose turn it is
@@ -281,7 +282,7 @@ class FairQueue:
         *item* goes first afterwards, unless only the overdraft let it ask: that gives it a slot sooner, but no permit.
         """
         load = self._loads[item.account]
-        load.blocked = True
+        load.refused = item
         if in_use < self._slots:
             load.head = item
         self._place_all(load)
@@ -289,11 +290,20 @@ class FairQueue:
     def unblock(self, account: Account) -> bool:
         """Serve *account* again, which may have a permit. Return whether anything of it may be served."""
         load = self._loads.get(account)
-        if load is None or not load.blocked:
+        if load is None:
             return False
-        load.blocked = False
-        self._place_all(load)
+        if load.refused is not None:
+            load.refused = None
+            self._place_all(load)
         return any(turn is not None and turn.entry is not None for turn in load.turns)
+
+    def resized(self, queue: WaitQueue) -> None:
+        """Serve the account of *queue* again if it is blocked because of *queue*, whose next work has become another."""
+        load = self._loads.get(queue.account)
+        if load is None or load.refused is not queue:
+            return
+        if not queue.due or queue.next_cost() != queue.account.refused:
+            self.unblock(queue.account)
 
     def changed(self, account: Account) -> None:
         """Take account of what *account* has on the wire, has begun and has backing off, any of which has changed."""
@@ -368,7 +378,7 @@ class FairQueue:
             load.turns[rank] = None
             if not any(load.turns):
                 del self._loads[account]
-        if load.blocked or turn.empty or not (turn.retries or self._may_begin(turn)):
+        if load.refused is not None or turn.empty or not (turn.retries or self._may_begin(turn)):
             if turn.entry is not None:
                 turn.entry = None
                 priority.servable -= 1

@@ -240,7 +240,7 @@ class Intake:
         )
         if bypass or len(line) > lane.fast_path_max_bytes:
             self._inspect_and_queue(ticket, lane, bypass=bypass)
-        elif lane.add(ticket) and not lane.queued:
+        elif lane.add(ticket):
             self._lanes.joined(lane)
         if index is not None:
             index[name] = ticket
@@ -256,7 +256,7 @@ class Intake:
         if alone is not None:
             self._singles.add(ticket, alone, lane.account)
             self._lanes.drop_if_abandoned(lane)
-        elif lane.add(ticket) and not lane.queued:
+        elif lane.add(ticket):
             self._lanes.joined(lane)
 
     def weigh_again(self, ticket: Ticket) -> None:

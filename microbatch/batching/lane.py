@@ -240,7 +240,7 @@ class Lane:
         return not self.live and not self.in_flight
 
     def add(self, ticket: Ticket) -> bool:
-        """Queue *ticket*; return whether that may have changed when the lane is due."""
+        """Queue *ticket*; return whether that may have changed when the lane is due, or the next batch of one that takes turns."""
         if self._stale:
             self._refill()
         ticket.queue = self
@@ -361,7 +361,7 @@ class Lane:
                 del pending[place]  # once and for all, or those who have left would be passed over again and again
 
     def _admit(self, ticket: Ticket) -> bool:
-        """Take *ticket* into the fill, which is not full; return whether that may have changed when the lane is due.
+        """Take *ticket* into the fill, which is not full; return what `add` does.
 
         A lane that is full is due, and the times of those behind need not be known.
         """
@@ -383,7 +383,7 @@ class Lane:
         if due_at < self._due_at:
             self._due_at = due_at
             return True
-        return fill == 1
+        return fill == 1 or self.queued
 
     def _fits_exactly(self, ticket: Ticket) -> bool:
         """Count the largest bounds until *ticket* fits behind the fill, or nothing is left to count."""

@@ -80,7 +80,10 @@ class LaneTable:
     # --- when they are due
 
     def joined(self, lane: Lane) -> None:
-        """Note that a ticket has joined *lane*, which takes no turns yet, and see whether it is due now."""
+        """Note that a ticket has joined *lane*, and see whether it is due now."""
+        if lane.queued:
+            self._scheduler.enqueue(lane)  # it needs more than before
+            return
         if lane.live == 1:
             self._flush_if_idle(lane)
         self.changed(lane)
@@ -140,6 +143,8 @@ class LaneTable:
 
     def rested(self, lane: Lane) -> None:
         """Note that *lane* may be due no longer."""
+        if lane.queued:
+            self._scheduler.enqueue(lane)  # it needs less than before
         self._rearm(lane)
         self.drop_if_abandoned(lane)
 

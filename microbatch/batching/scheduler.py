@@ -77,8 +77,10 @@ class Scheduler:
         return self.in_use >= self._slots
 
     def enqueue(self, queue: WaitQueue) -> None:
-        """Add *queue*, which is due, to the queues that take turns."""
-        if not queue.queued:
+        """Add *queue*, which is due, to the queues that take turns; or note that the next work of one that does has changed."""
+        if queue.queued:
+            self._turns.resized(queue)
+        else:
             queue.queued = True
             self._turns.add(queue)
         self._asked.set()

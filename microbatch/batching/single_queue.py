@@ -66,7 +66,9 @@ class SingleQueue:
         self._live -= 1
         if len(self._waiting) > 2 * self._live + 64:
             self._waiting = deque(entry for entry in self._waiting if entry[0].queue is self)
-        if not self.queued:
+        if self.queued:
+            self.enqueue(self)  # what is next may need less
+        else:
             self.rested()
 
     def hasten(self, ticket: Ticket, due_at: float, *, bulk: bool) -> None:

@@ -164,6 +164,7 @@ class Account:
         begun: Calls begun and not finished, back-off included.
         backing_off: Begun calls that wait after a transient failure.
         requests_bind: Whether the number of requests is limited: by a `RateLimit`, or since the endpoint reported that few are left.
+        refused: Tokens of the latest attempt, if it was refused a permit and none may be had yet; else None.
     """
 
     def __init__(self, retry: RetryPolicy, bucket: Limiter | None, slots: Slots, *, adaptive: bool = False) -> None:
@@ -181,7 +182,7 @@ class Account:
         self._claimant = object()  # identifies this account to the bucket, which must not keep the account alive
         self._concurrency = Concurrency() if adaptive else None
         self._paused_until = 0.0
-        self._refused: int | None = None  # tokens of the latest attempt that was refused a permit
+        self.refused: int | None = None
         self._timer: asyncio.TimerHandle | None = None
         if bucket is not None:
             bucket.watch(self._ask_again)
@@ -189,7 +190,7 @@ class Account:
     @property
     def trouble(self) -> str | None:
         """The reason for which its requests wait although they are within the limits; None if nothing is wrong."""
-        return None if self._bucket is None or self._refused is None else self._bucket.trouble
+        return None if self._bucket is None or self.refused is None else self._bucket.trouble
 
     def permit(self, tokens: int, rank: int, *, again: bool = False) -> Permit:
         """Return an unpaid permit; *again* if the retry budget has paid for its first attempt, which repeats a call."""
@@ -205,10 +206,10 @@ class Account:
         if self.breaker.is_open(now):
             return True
         if (wait := self._wait(permit.tokens, now)) > 0:
-            self._refused = permit.tokens
+            self.refused = permit.tokens
             self._ask_again_at(now + wait)
             return False
-        self._refused = None
+        self.refused = None
         if self.breaker.needs_probe(now):
             self.breaker.probe = permit
         self._charge(permit, now)
@@ -270,14 +271,14 @@ class Account:
     def close(self) -> None:
         """Stop the timer; the scheduler is not notified any more."""
         self._stop_timer()
-        self._refused = None
+        self.refused = None
         if self._bucket is not None:
             self._bucket.disclaim(self._claimant)
 
     def _attempt_ended(self, permit: Permit) -> None:
         self.on_wire -= 1
         self.slots.released(permit)
-        if self._refused is not None:
+        if self.refused is not None:
             self._ask_again()
 
     def _wait(self, tokens: int, now: float) -> float:
@@ -292,12 +293,12 @@ class Account:
     def _ask_again(self) -> None:
         """Have the scheduler ask again as soon as it may be granted what it was refused."""
         self._stop_timer()
-        if self._refused is None:
+        if self.refused is None:
             return
         now = asyncio.get_running_loop().time()
-        wait = 0.0 if self.breaker.is_open(now) else self._wait(self._refused, now)
+        wait = 0.0 if self.breaker.is_open(now) else self._wait(self.refused, now)
         if wait <= 0:
-            self._refused = None
+            self.refused = None
             # The claim stays until it is asked for: without it, two batchers with large requests would give way to each other for ever.
             if not self.slots.ready(self):
                 self._disclaim()
@@ -309,7 +310,7 @@ class Account:
     def _disclaim(self) -> None:
         """Drop the claim to what was refused, if that was withdrawn."""
         self._stop_timer()
-        if self._refused is None and self._bucket is not None:
+        if self.refused is None and self._bucket is not None:
             self._bucket.disclaim(self._claimant)
 
     def _ask_again_at(self, when: float) -> None:

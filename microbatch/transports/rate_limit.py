@@ -7,7 +7,8 @@ the limit; they leave the bucket in debt, which later small ones wait for, as fa
 minute apart can arrive a little less apart, so a minute is taken to be a second longer than it is.
 
 Several batchers may share a bucket. One whose request was refused has a *claim*: later ones are granted only what leaves room for
-the oldest claim, so that small requests of one batcher cannot starve a large one of another.
+the oldest claim, so that small requests of one batcher cannot starve a large one of another. A batcher asks again when the request has
+become another, such as a batch that has grown: a claim to what it needed before would not help it.
 
 The endpoint's own count is followed where it reports it. If it has seen more than we can have sent, others use the same quota (or
 our estimates are low): the surplus counts as used until the endpoint says otherwise. If it has seen less, it has given back what

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from simulation.invariants import peak, tokens_of
 from simulation.mixed_endpoint import right_vector
 from simulation.mixed_scenario import FILLERS
-from simulation.upstream import right_output
+from simulation.upstream import TRANSIENT, right_output
 
 import microbatch as mb
 from microbatch.spool.payload import Answer
@@ -264,7 +264,7 @@ def quotas_are_kept(world: MixedWorld) -> Iterator[str]:
 
 
 def nothing_starves(world: MixedWorld) -> Iterator[str]:
-    """Nothing waits for longer than two minutes while its account makes no call at all."""
+    """Nothing waits for longer than two minutes while its batcher makes no call at all, whatever another one makes."""
     if not world.scenario.rate_limit:
         return
     carried = _carried(world)
@@ -312,22 +312,42 @@ def _cost(sent: Any) -> int:
 
 def audits_come_after(world: MixedWorld) -> Iterator[str]:
     """No caller waits for an audit: what a sound reply answers is settled when it ends, and audited later, three times at most."""
-    audits = Counter[str]()
     for attempt in _attempts(world):
         callers = [caller for text in attempt.texts for caller in world.by_text[text]]
         if attempt.beside is not None:
-            audits.update(attempt.texts)
             if all(caller.settled is None or caller.settled > attempt.started for caller in callers):
                 yield f"{attempt.number} asks again for {attempt.texts}, which is not answered yet"
         elif attempt.how == "answered" and attempt.fault.kind == "ok":
             late = [caller for caller in callers if _waits_for(world, caller, attempt)]
             if late:
                 yield f"{attempt.number} answered at {attempt.ended}, but {late[0].number} waited until {late[0].settled}"
-    for text, times in audits.items():
-        if times > 3 * sum(text in attempt.texts for attempt in _attempts(world) if attempt.beside is None) + 3 * len(
-            world.by_text[text]
-        ):
-            yield f"{text} was asked again {times} times"
+    yield from _asked_too_often(world)
+
+
+_ASKED_AGAIN = 3
+"""Calls that ask again for an answer: two that can be compared with each other, and one more where one of these brings no answer."""
+
+
+def _asked_too_often(world: MixedWorld) -> Iterator[str]:
+    """Yield what was asked again more often than allowed, or again though an attempt of the same call had ended it."""
+    calls: dict[Any, list[Attempt]] = defaultdict(list)
+    reasons = Counter[tuple[str | None, str]]()
+    for attempt in _attempts(world):
+        if attempt.beside is not None:
+            calls[attempt.beside, attempt.texts[0], attempt.key].append(attempt)
+        elif attempt.combined:
+            reasons.update(("audit", text) for text in attempt.texts)
+    reasons.update(("check", text) for caller in world.callers for text in caller.call.texts)
+    asked = Counter((route, text) for route, text, _ in calls)
+    for (route, text), times in asked.items():
+        if times > _ASKED_AGAIN * reasons[route, text]:
+            yield f"{text} was asked again {times} times by {route}"
+    for (_, text, _), attempts in calls.items():
+        if len(attempts) > world.scenario.retry["max_attempts"]:
+            yield f"a call that asked again for {text} made {len(attempts)} attempts"
+        for attempt in attempts[:-1]:
+            if attempt.fault.kind not in TRANSIENT | {"cut"}:
+                yield f"{attempt.number}, which asked again for {text}, was {attempt.how}, and repeated"
 
 
 def _waits_for(world: MixedWorld, caller: Caller, attempt: Attempt) -> bool:

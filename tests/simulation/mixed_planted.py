@@ -15,6 +15,7 @@ import microbatch.forwarding as forwarding_module
 import microbatch.semantic.look_ups as look_ups_module
 import microbatch.spending.spending as spending_module
 from microbatch.batching.attribution import UsageAttribution
+from microbatch.batching.dispatch import Dispatcher
 from microbatch.batching.engine import Engine
 from microbatch.batching.intake import Intake
 from microbatch.batching.lane_table import LaneTable
@@ -139,6 +140,19 @@ def slot_kept_by_an_audit():
     return replaced(audits_module, "SlotLease", lambda _: _Kept)
 
 
+def asked_twice_as_often():
+    """What asks for an answer again asks twice each time."""
+
+    def twice(ask_again):
+        async def wrapper(*args, **options):
+            await ask_again(*args, **options)
+            return await ask_again(*args, **options)
+
+        return wrapper
+
+    return replaced(Dispatcher, "ask_again", twice)
+
+
 # --- embeddings
 
 
@@ -237,6 +251,7 @@ BUGS: tuple[Callable[[], Any], ...] = (
     budget_not_looked_at,
     lost_audit_usage,
     slot_kept_by_an_audit,
+    asked_twice_as_often,
     vectors_by_place,
     lost_list_usage,
     no_walls,

@@ -175,3 +175,36 @@ def test_a_relayed_request_under_way_when_its_batcher_has_closed_counts_against_
         )
         assert not mixed_invariants.breaches(world)
         assert [bool(caller.outcome) and not caller.error for caller in world.callers] == [True] * 6
+
+
+def test_a_lane_that_grows_while_it_waits_for_a_permit_is_not_passed_over_by_another_batcher():
+    asked = [
+        (1, 96.0, "fact there cook apples of number 0 just"),
+        (0, 112.0, "text here cook figs of number 1"),
+        (1, 96.0, "text there cook melons of number 2 just"),
+        (0, 16.0, "text here cook figs of number 3"),
+        (0, 96.0, "fact here cook plums of number 4"),
+        (1, 16.0, "text there cook pears of number 5 just"),
+        (0, 96.0, "fact here cook plums of number 6"),
+        (1, 144.0, "text there cook grapes of number 7 please"),
+        (0, 48.0, "text here cook berries of number 8"),
+        (0, 96.0, "text here cook figs of number 10 just"),
+        (0, 64.0, "text here cook melons of number 12 please"),
+    ]
+    calls = [Call(at=at, batcher=batcher, kind=text[:4], texts=(text,)) for batcher, at, text in asked]
+    policy = {"max_batch_size": 4, "idle": "wait"}
+    world = mixed_world.play(mixed(policy, batchers=2, calls=calls, rate_limit={"tpm": 1_000}))
+    assert not mixed_invariants.breaches(world)
+
+
+def test_what_was_asked_again_in_vain_is_asked_a_third_time_with_all_retries():
+    # The answer to a similar question is handed out, and turns out to be wrong; meanwhile the batcher stays open.
+    texts = ("fact here cook apples", "fact here cook apples please", "text here cook figs")
+    calls = [Call(at=8.0 * place, kind=text[:4], texts=(text,)) for place, text in enumerate(texts)]
+    faults = [Fault(), Fault(), Fault("timeout"), Fault("timeout")]
+    scenario = mixed(calls=calls, parts=frozenset({"similar"}), faults=faults)
+    scenario.retry = {"max_attempts": 2, "budget": 1.0, "reserve": 10}
+    scenario.order = 3  # decides that the answer is checked
+    world = mixed_world.play(scenario)
+    assert not mixed_invariants.breaches(world)
+    assert [attempt.beside for attempt in world.upstream.attempts] == [None, "check", "check", "check", "check", None]

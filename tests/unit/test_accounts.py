@@ -133,6 +133,49 @@ async def test_timers_run_in_no_callers_context():
     assert seen == ["nobody's"]
 
 
+# --- what was refused changes
+
+
+async def test_what_grows_while_it_is_refused_is_not_passed_over_by_another_batcher():
+    limit = RateLimit(tpm=1_000)
+    other, growing = Desk(limit, estimates=[112]), Desk(limit)
+    other.pump()
+    await asyncio.sleep(16)
+    other.due += [76, 824, 750]
+    other.pump()
+    growing.due.append(200)
+    growing.pump()
+    await asyncio.sleep(74)
+    # At the end of the minute there would be room for the 750 and for the 200 refused, but not for the 300 needed now.
+    growing.due[0] = 300
+    growing.scheduler.enqueue(growing)
+    await asyncio.sleep(200)
+    assert other.paid == at([0, 16, WINDOW, 3 * WINDOW])
+    assert growing.paid == at([2 * WINDOW])
+
+
+async def test_when_what_was_refused_is_given_up_what_is_next_does_not_wait_for_as_long():
+    desk = Desk(RateLimit(tpm=1_000), estimates=[600])
+    desk.pump()
+    desk.due += [600, 300]
+    desk.pump()
+    assert desk.paid == [0.0]
+    await asyncio.sleep(1)
+    del desk.due[0]
+    desk.scheduler.enqueue(desk)
+    await asyncio.sleep(1)
+    assert desk.paid == at([0, 1])
+
+
+async def test_what_is_refused_and_has_not_changed_is_not_asked_for_again():
+    desk = Desk(RateLimit(tpm=1_000), estimates=[600, 600])
+    desk.pump()
+    timer = desk.account._timer
+    desk.due.append(600)
+    desk.pump()
+    assert desk.account._timer is timer
+
+
 # --- those who wait for theirs
 
 
@@ -625,7 +668,7 @@ async def test_closing_while_permits_are_waited_for_ends_everybody_and_leaves_no
     tasks = [asyncio.ensure_future(batcher.submit(ask(f"{i}"), priority="high")) for i in range(5)]
     await asyncio.sleep(10)
     (account,) = batcher._parts.accounts._kept.values()
-    assert account._refused is not None
+    assert account.refused is not None
     await batcher.aclose(grace=5)
     assert asyncio.get_running_loop().time() == 15
     await asyncio.wait(tasks)

@@ -137,7 +137,7 @@ def test_a_head_that_is_no_longer_due_is_no_head():
 
 def test_unblocking_who_is_not_blocked_changes_nothing():
     turns = turns_of(Line("a"))
-    assert not turns.unblock(A)
+    assert turns.unblock(A)
     assert not turns.unblock(B)
     assert names(serve(turns, 1)) == "a"
 
@@ -462,6 +462,50 @@ async def test_a_large_request_is_not_overtaken_by_small_ones_of_other_lanes():
     assert loads.longest["small"] < 2 * WINDOW
 
 
+@pytest.mark.parametrize(
+    "large_one", [{"max_tokens": 1_200}, {"max_tokens": 600, "params": {"n": 2}}], ids=["of a lane", "alone"]
+)
+async def test_a_small_request_does_not_wait_for_a_large_one_that_was_given_up(large_one):
+    loop = asyncio.get_running_loop()
+    async with batcher_with({"tpm": 2_000}) as batcher:
+        await batcher.submit(ask("first"), max_tokens=1_500)
+        large = asyncio.ensure_future(batcher.submit(ask("large"), **large_one))
+        await asyncio.sleep(0)
+        small = asyncio.ensure_future(batcher.submit(ask("small", "another lane"), max_tokens=100))
+        await asyncio.sleep(5)
+        assert not small.done()
+        large.cancel()
+        await small
+        assert loop.time() == 7.0
+
+
+async def test_lanes_that_grow_while_they_wait_for_a_permit_are_not_passed_over_by_another_batcher():
+    loop, limit = asyncio.get_running_loop(), mb.RateLimit(tpm=1_000)
+    policies = [plain(idle="wait", max_wait=0.0, max_batch_size=size) for size in (1, 16)]
+    single, combined = (
+        mb.Microbatcher(ScriptedTransport(delay=0.1), tokens="bytes", policy=policy, rate_limit=limit)
+        for policy in policies
+    )
+    async with single, combined:
+        loads = Loads(single)
+        loads.add("single", callers=3, max_tokens=400)
+        await asyncio.sleep(1)
+        waited = []
+
+        async def submit(number):
+            start = loop.time()
+            await combined.submit(ask(f"{number}"), max_tokens=40)
+            waited.append(loop.time() - start)
+
+        tasks = []
+        for number in range(20):
+            tasks.append(asyncio.ensure_future(submit(number)))
+            await asyncio.sleep(30)
+        await loads.run(100)
+        await asyncio.gather(*tasks)
+    assert max(waited) <= 2 * WINDOW
+
+
 async def test_lanes_that_were_emptied_while_blocked_leave_nothing_behind():
     transport = ScriptedTransport()
     async with batcher_with({"rpm": 1}, transport, idle="wait", max_wait=0.0) as batcher:
@@ -473,7 +517,7 @@ async def test_lanes_that_were_emptied_while_blocked_leave_nothing_behind():
         await asyncio.sleep(5)
         turns = batcher._engine.scheduler._turns
         (load,) = turns._loads.values()
-        assert load.blocked
+        assert load.refused is not None
         assert load.head is not None
         for task in tasks:
             task.cancel()
