@@ -60,9 +60,6 @@ _MAX_AHEAD: Final = 4_096
 _FAST: Final = 0.05
 """Seconds: one that draws again so soon draws too little at a time."""
 
-_UNKNOWN: Final = 0.05
-"""A part of the limit: if the endpoint has counted less than that too much, it may be of requests that were not reported yet."""
-
 _NEVER: Final = float("inf")
 _TOLERANCE: Final = 1e-6
 
@@ -135,10 +132,8 @@ class SharedBucket:
         self._tokens = 0.0  # of a usual request
         self._ahead = 0  # requests for which to draw beyond those that wait
         self._dry_until = 0.0
-        self._endpoint: list[tuple[float, float] | None] = [
-            None,
-            None,
-        ]  # what others use, and for how long, if it reported that
+        # What the endpoint has counted, what was known to be used when the request was granted, and for how long it counts.
+        self._endpoint: list[tuple[float, float, float] | None] = [None, None]
         self._newest = float("-inf")  # time of the grant whose reply reported it
         self.leave()
 
@@ -323,7 +318,7 @@ class SharedBucket:
             self._slots.popleft()
 
     def _follow(self, limits: Limits, grant: SharedGrant) -> None:
-        """Adopt the endpoint's limits, and its count as far as it exceeds what all processes can have sent."""
+        """Adopt the endpoint's limits, and note its count."""
         reported = (
             (limits.limit_requests, limits.remaining_requests, limits.reset_requests),
             (limits.limit_tokens, limits.remaining_tokens, limits.reset_tokens),
@@ -336,10 +331,8 @@ class SharedBucket:
                 continue  # the limit of a longer period that is not used up
             if limit > 0:
                 self._limits[which] = min(most, limit * self._share)
-            ours = max(grant.seen[which], self._all_used[which])
-            foreign = limit - remaining - ours - (1 - self._share) * limit
-            foreign = min(foreign, most) if foreign > _UNKNOWN * limit else 0.0
-            self._endpoint[which] = foreign, MINUTE if reset is None else min(reset, MINUTE)
+            counted = max(0.0, limit - remaining - (1 - self._share) * limit)
+            self._endpoint[which] = counted, grant.seen[which], MINUTE if reset is None else min(reset, MINUTE)
 
     # --- contacts
 
@@ -389,17 +382,17 @@ class SharedBucket:
         for limit, unit in zip(self._limits, (1.0, 0.0), strict=True):
             arguments += [-1, 0] if limit is None else [repr(limit), repr(burst(limit, unit))]
         arguments += [*self._held, *(needed or (0, 0)), int(needed is not None), units, round(self._tokens)]
-        arguments += [repr(self._part), *self._shares, *self._others(now)]
+        arguments += [repr(self._part), *self._shares, *self._counted(now)]
         for slot in slots:
             arguments += [slot.number, round(1_000 * (now - slot.at)), *slot.spent]
             slot.closed, slot.changed = True, False
         return Order(arguments, now, needed is not None, units, slots)
 
-    def _others(self, now: float) -> list[int]:
-        """Return what the endpoint has reported of others: requests and ms, tokens and ms, age in ms; -1 for nothing."""
+    def _counted(self, now: float) -> list[int]:
+        """Return the endpoint's count: of requests, and of tokens, with what was known to be used and ms; age in ms; -1 for nothing."""
         flat: list[int] = []
         for found in self._endpoint:
-            flat += [-1, 0] if found is None else [round(found[0]), round(1_000 * found[1])]
+            flat += [-1, 0, 0] if found is None else [round(found[0]), round(found[1]), round(1_000 * found[2])]
         age = -1 if self._endpoint == [None, None] else round(1_000 * (now - self._newest))
         self._endpoint = [None, None]
         return [*flat, age]

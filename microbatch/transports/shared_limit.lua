@@ -27,12 +27,14 @@ local held = {tonumber(ARGV[14]), tonumber(ARGV[15])}
 local need, front = {tonumber(ARGV[16]), tonumber(ARGV[17])}, ARGV[18] == '1'
 local units, unit = tonumber(ARGV[19]), {1, tonumber(ARGV[20])}
 local told_part, told_share = tonumber(ARGV[21]), {tonumber(ARGV[22]), tonumber(ARGV[23])}
-local others = {{tonumber(ARGV[24]), tonumber(ARGV[25])}, {tonumber(ARGV[26]), tonumber(ARGV[27])}}
-local others_age = tonumber(ARGV[28])
-local FIRST_SLOT = 29
+local counted = {tonumber(ARGV[24]), tonumber(ARGV[27])} -- by the endpoint, -1 if it said nothing
+local known, counts_for = {tonumber(ARGV[25]), tonumber(ARGV[28])}, {tonumber(ARGV[26]), tonumber(ARGV[29])}
+local counted_age = tonumber(ARGV[30])
+local FIRST_SLOT = 31
 local LOOK = 64 -- slots looked at to find out when there is room
 local AGAIN = 250 -- ms until asking again, if it is not known when there is room
 local KEEP = 86400000 -- ms for which an unused limit is remembered
+local UNKNOWN = 0.05 -- part of the limit by which the endpoint may have counted more than is known here, if nothing else uses it
 local CLAIM = 2500 -- ms after which a claim that was not renewed has lapsed
 
 local state_key, members_key, log_key, amounts_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
@@ -209,14 +211,16 @@ me.free = 0
 
 -- Granting
 
+-- What the endpoint has counted beyond what was known when the request was granted, and beyond what is known now, is used by others.
 for d = 1, 2 do
-  local share, until_ = others[d][1], others[d][2]
-  if share >= 0 and now - others_age >= state.others_at then
-    state['others' .. d], state['until' .. d] = share, now - others_age + until_
+  if counted[d] >= 0 and now - counted_age >= state.others_at then
+    local foreign = counted[d] - math.max(known[d], total[d] + held_by_all[d])
+    state['others' .. d] = foreign > UNKNOWN * limit[d] and math.min(foreign, limit[d]) or 0
+    state['until' .. d] = now - counted_age + counts_for[d]
   end
   if now >= state['until' .. d] then state['others' .. d] = 0 end
 end
-if others_age >= 0 and now - others_age > state.others_at then state.others_at = now - others_age end
+if counted_age >= 0 and now - counted_age > state.others_at then state.others_at = now - counted_age end
 
 local function used(d) return total[d] + held_by_all[d] + state['others' .. d] end
 

@@ -257,6 +257,22 @@ def test_what_the_endpoint_reports_of_others_counts_until_its_time_is_over(table
     assert world.send("b", 2) == 2
 
 
+def test_a_burst_of_another_process_is_not_taken_for_that_of_others(table):
+    world = table("ab", tpm=100_000)
+    bucket = world.buckets["a"]
+    bucket.wait(1_000, world.now)
+    world.contact("a")
+    grant = bucket.grant(1_000, world.now)
+    assert world.send("b", 5, 8_000) == 5
+    shown = Limits(limit_tokens=100_000, remaining_tokens=100_000 - 41_000, reset_tokens=25.0)
+    bucket.ended(grant, None, shown, world.now)
+    world.contact("a")
+    assert float(world.server()["others2"]) == 0
+    begun = world.now
+    world.use("b", 6, 8_000)
+    assert world.now - begun < 10
+
+
 def test_a_lower_limit_of_the_endpoint_is_kept(table):
     world = table(rpm=1_000)
     bucket = world.buckets["a"]
