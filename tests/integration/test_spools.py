@@ -194,9 +194,9 @@ async def test_a_lease_holds_as_long_as_it_is_renewed(spools):
     await spool.renew([a], lease=LONG)
     assert ids(await taken(other, HALF)) == ["b"]  # so the lease that "a" had at first is over as well
     assert await other.take(HALF, 10, lease=LONG) == []
-    await spool.renew([a], lease=SHORT)
     assert (await found(spool, "b")).state == "leased"
     assert (await spool.counts()).waiting == (0, 0, 0)
+    await spool.renew([a], lease=SHORT)
     assert ids(await taken(other, HALF)) == ["a"]
     await spool.renew([a, b], lease=0)  # by whoever held them before
     assert (await spool.counts()).leased == 2
