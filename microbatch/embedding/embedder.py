@@ -167,6 +167,8 @@ class Embedder:
         if isinstance(texts, Sequence):  # nothing is sent if one of them is wrong
             for index, text in enumerate(texts):
                 read_text(text, f"texts[{index}]", self.scratch)
+                if index % _SLICE == _SLICE - 1:
+                    await asyncio.sleep(0)
         self.check_open()
         return await _Run(self, options, self._caller(timeout, use_cache), use_cache=use_cache).of(iter(texts))
 
@@ -207,9 +209,9 @@ class _Run:
         self._caller = caller
         self._cache = embedder.cache if use_cache else None
         self._found: list[Embedding] = []
-        self._guessed: list[
-            tuple[Ticket, Waiter]
-        ] = []  # those of them whose usage is an estimate that holds exact shares
+        self._failure: ConfigError | RequestFailed | None = None  # of the earliest text that has failed
+        # Those of `_found` whose usage is an estimate that holds exact shares of earlier calls.
+        self._guessed: list[tuple[Ticket, Waiter]] = []
         self._pending: deque[tuple[Ticket, Waiter] | Embedding] = deque()  # of the texts after those, in order
 
     async def of(self, texts: Iterator[str]) -> list[Embedding]:
@@ -218,26 +220,24 @@ class _Run:
         try:
             while lines := self._read(texts):
                 await self._take_in(lines)
-                while len(self._pending) > _WINDOW - _SLICE:
+                while self._failure is None and len(self._pending) > _WINDOW - _SLICE:
                     await self._hand_out()
+                if self._failure is not None:
+                    break
                 await asyncio.sleep(0)
         except (ConfigError, RequestFailed, BatcherClosed, Overloaded) as error:
             taking = error
         except BaseException:
             self._leave()
             raise
-        ended: Exception | None = None
         self._flush()
         try:
             while self._pending:
-                try:
-                    await self._hand_out()
-                except (ConfigError, RequestFailed) as error:
-                    ended = ended or error
+                await self._hand_out()
         except BaseException:
             self._leave()
             raise
-        failure = ended or taking
+        failure = self._failure or taking  # of texts before those that were being taken in
         if failure is not None:
             self._leave()
             raise failure
@@ -279,7 +279,7 @@ class _Run:
         return found
 
     async def _hand_out(self) -> None:
-        """Wait for the first text that is pending; raise its error."""
+        """Wait for the first text that is pending, and keep its vector, or its error unless an earlier text has failed."""
         first = self._pending[0]
         if not isinstance(first, Embedding) and not first[1].future.done():
             queue = first[0].queue
@@ -287,7 +287,11 @@ class _Run:
                 queue.flush(FlushReason.DRAIN)  # what could fill its list may wait for this text
             await asyncio.wait([first[1].future])
         first = self._pending.popleft()
-        found = first if isinstance(first, Embedding) else as_embedding(first[1].future.result())
+        try:
+            found = first if isinstance(first, Embedding) else as_embedding(first[1].future.result())
+        except (ConfigError, RequestFailed) as error:
+            self._failure = self._failure or error
+            return
         self._found.append(found)
         if not isinstance(first, Embedding) and found.usage.estimated and first[0].past is not None:
             self._guessed.append(first)

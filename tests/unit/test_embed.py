@@ -258,6 +258,38 @@ async def test_the_error_of_the_earliest_text_is_raised_when_all_that_were_sent_
     assert stats.unclaimed.prompt_tokens == stats.prompt_tokens == transport.tokens > 0  # no caller has a vector
 
 
+async def test_the_earliest_error_is_raised_also_if_more_texts_were_waiting_than_are_pending_at_a_time():
+    def refuse(_, inputs, pairs):
+        if len(inputs) == 1 and inputs[0] in ("text 3 ", "text 8000 "):
+            raise mb.BadRequest(inputs[0], status=400)
+        if {"text 3 ", "text 8000 "} & set(inputs):
+            raise mb.BadRequest("one of many", status=400)
+        return pairs
+
+    async with batcher_for(VectorTransport(refuse, delay=1.0)) as batcher:
+        for source in (texts(20_000), iter(texts(20_000))):
+            with pytest.raises(mb.BadRequest, match="text 3 "):
+                await batcher.embed_many(source, use_cache=False)
+
+
+async def test_a_long_list_is_checked_in_slices_between_which_others_have_their_turn():
+    turns = []
+
+    async def count():
+        while True:
+            turns.append(len(transport.calls))
+            await asyncio.sleep(0)
+
+    transport = VectorTransport()
+    async with batcher_for(transport) as batcher:
+        counting = asyncio.ensure_future(count())
+        with pytest.raises(mb.ConfigError, match=r"texts\[20000\]"):
+            await batcher.embed_many([*texts(20_000), 1])
+        counting.cancel()
+    assert len(turns) >= 20_000 // 512
+    assert not transport.calls
+
+
 async def test_after_an_error_no_more_is_read():
     read = 0
 
