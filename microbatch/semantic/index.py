@@ -179,10 +179,19 @@ class Partition:
             del self._groups[entry.signature.facts]
 
     async def nearest(self, asked: Sequence[tuple[Floats, Signature, bytes]]) -> list[Found]:
-        """Return for each question that is *asked*, a vector that fits, its signature and its key, what is nearest to it.
+        """Return for each question that is *asked*, its vector, signature and key, what is nearest to it.
 
-        The entry of the question itself is passed over.
+        The entry of the question itself is passed over. To a vector that does not fit nothing is near: entries of another length may
+        have been added since it was read.
         """
+        places = [place for place, (vector, _, _) in enumerate(asked) if self.fits(vector)]
+        found = [NOTHING] * len(asked)
+        for place, near in zip(places, await self._nearest([asked[place] for place in places]), strict=True):
+            found[place] = near
+        return found
+
+    async def _nearest(self, asked: Sequence[tuple[Floats, Signature, bytes]]) -> list[Found]:
+        """Return what `nearest` does, for vectors that fit."""
         vectors = self._vectors
         if vectors is None or not self._entries:
             return [NOTHING] * len(asked)

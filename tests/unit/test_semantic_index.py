@@ -54,6 +54,15 @@ async def test_the_nearest_is_found_as_by_comparing_with_each(count):
         assert each_.similarity == pytest.approx(float(similarity), abs=1e-4)
 
 
+async def test_a_vector_of_another_length_has_no_neighbour_and_harms_no_other_question():
+    vectors = units(3)
+    partition = filled(vectors[:2])
+    found = await partition.nearest(
+        [(units(1, 5)[0], PLAIN, b""), (vectors[1], PLAIN, b""), (units(1, 9)[0], TWO, b"")]
+    )
+    assert [each_.key for each_ in found] == [None, key(1), None]
+
+
 async def test_removed_entries_are_not_found_and_their_rows_are_used_again():
     vectors = units(300)
     partition = filled(vectors)
