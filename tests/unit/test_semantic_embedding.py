@@ -116,7 +116,8 @@ async def test_a_refused_list_is_a_miss_and_later_lists_are_shorter():
 
 async def test_a_text_that_is_refused_does_not_make_lists_shorter():
     transport = Endpoint()
-    transport.refuses = "please briefly answer me what you know of the bread"  # in one question of each burst but the first
+    # In one question of each burst but the first.
+    transport.refuses = "please briefly answer me what you know of the bread"
     async with own_batcher(transport, max_batch_size=1) as batcher:
         for numbers in ((300, 340), (10, 11), (10, 42), (340, 380), (10, 42), (380, 400)):
             await asyncio.gather(*(batcher.submit(ask_about("amber", n), use_cache="refresh") for n in range(*numbers)))
