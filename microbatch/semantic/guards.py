@@ -268,7 +268,7 @@ class _Reader:
 
     def read(self, token: _Token) -> None:
         parts = _DASHES.split(token.text)
-        if all(_WORD.fullmatch(part) and not _is_code(part) for part in parts):
+        if all(_is_word(part) and not _is_code(part) for part in parts):
             opens = token.opens
             for part in parts:
                 self._word(part, opens=opens)
@@ -287,7 +287,7 @@ class _Reader:
             self._facts.append(("urls", text))
         elif _DATE.fullmatch(text):
             self._facts.append(("dates", f"{self._qualifier()}{lower}"))
-        elif _NUMBER.fullmatch(text):
+        elif _NUMBER.fullmatch(text) or text.isnumeric():
             self._facts.append(("numbers", f"{self._qualifier()}{text}"))
         else:
             self._facts.append(("codes", text))
@@ -364,6 +364,11 @@ class _Reader:
             if capital and lower not in STARTERS:
                 self._openings.add(stem(lower))
             self._after_name = capital and lower not in STARTERS
+
+
+def _is_word(part: str) -> bool:
+    """Return whether *part* consists of letters, with apostrophes between them: "½" and the last of "km²" are none."""
+    return _WORD.fullmatch(part) is not None and part.replace("'", "").isalpha()
 
 
 def _is_code(word: str) -> bool:
