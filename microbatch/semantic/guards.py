@@ -191,6 +191,8 @@ class _Token(NamedTuple):
 _SHORT_DASHES: Final = "-\u2013"
 _AROUND: Final = "\"'`(["
 _AFTER: Final = "\"'`)].,;:!?"
+_AFTER_NUMBER: Final = frozenset("!'\"")
+"""Punctuation that may be a part of the number before it: a factorial, feet or minutes, inches or seconds."""
 
 
 def _tokens(text: str) -> Iterator[_Token]:
@@ -204,8 +206,8 @@ def _tokens(text: str) -> Iterator[_Token]:
             if not bare:
                 opens = opens or any(mark in part for mark in ".!?:")
                 continue
-            if tail.startswith("!") and bare[-1].isdigit():
-                bare += "!"  # a factorial, for all that is known
+            if tail[:1] in _AFTER_NUMBER and bare[-1].isdigit() and part[0] not in _AFTER_NUMBER:
+                bare += tail[:1]
             yield _Token(bare, opens, closes=bool(tail))
             ends = any(mark in tail for mark in ".!?:;")
             opens = ends and not (tail == "." and (bare.lower() in ABBREVIATIONS or (len(bare) == 1 and bare != "I")))

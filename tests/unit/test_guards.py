@@ -50,6 +50,8 @@ Give me ages 5-10 please|Give me ages 5-11 please
 What is -5 for you?|What is 5 for you?
 What is .5 for you?|What is 5 for you?
 Do I get 5!|Do I get 5
+Is he 5' tall?|Is he 5 tall?
+Does it measure (about 5’)?|Does it measure (about 5)?
 What is the second largest city?|What is the largest city?
 Is part iv the best?|Is part vi the best?
 I have ٥ cards, why?|I have ٦ cards, why?
