@@ -264,12 +264,17 @@ class _Run:
             self._pending.append(embedder.accept(line, options, caller, _ignore))
 
     async def _looked_up(self, cache: VectorCache, lines: list[bytes]) -> list[CallerOptions | Embedding]:
-        """Return for each of *lines* the vector that the cache has, or the options with which it is to be asked for."""
+        """Return for each of *lines* the vector that the cache has, or the options with which it is to be asked for.
+
+        Look-ups that outlast the caller's time are misses, whose texts then end at once.
+        """
         options, caller, created = self._options, self._caller, asyncio.get_running_loop().time()
+        deadline = caller.deadline(created)
         keys = [cache.key(line, options) for line in lines]
         looking = {key: cache.look_up(key, bulk=True) for key in keys if key is not None and caller.shared}
         if looking:
-            await asyncio.wait(looking.values())
+            left = None if deadline is None else max(0.0, deadline.at - created)
+            await asyncio.wait(looking.values(), timeout=left)
         found: list[CallerOptions | Embedding] = []
         for key in keys:
             reply: Reply[Any] | None = None
@@ -318,8 +323,8 @@ class _Run:
 
 
 def _value_of(looking: asyncio.Future[bytes | None]) -> bytes | None:
-    """Return the value that was found; None if the batcher is closing."""
-    return None if looking.cancelled() or looking.exception() is not None else looking.result()
+    """Return the value that was found; None if there is none yet, or the batcher is closing."""
+    return looking.result() if looking.done() and looking.exception() is None else None
 
 
 def _ignore(_waiter: Waiter) -> None:

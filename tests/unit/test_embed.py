@@ -484,6 +484,24 @@ async def test_what_may_change_a_vector_or_says_who_may_see_it_is_part_of_its_ke
         assert batcher.stats().cache_hits == 2
 
 
+async def test_the_timeout_of_many_texts_covers_their_look_up_too():
+    class Hanging(mb.MemoryCache):
+        async def get_many(self, keys):
+            await asyncio.sleep(60.0)
+            return await super().get_many(keys)
+
+    transport = VectorTransport(delay=1.0)
+    async with batcher_for(transport, Hanging()) as batcher:
+        begun = now()
+        with pytest.raises(mb.DeadlineExceeded):
+            await batcher.embed_many(texts(600), timeout=0.5)
+        assert now() - begun == pytest.approx(0.5, abs=0.01)
+        assert all(is_right(*pair) for pair in zip(await batcher.embed_many(texts(3)), texts(3), strict=True))
+    stats = batcher.stats()
+    assert stats.queued == stats.in_flight == 0
+    assert stats.items == stats.answered + stats.failed + stats.cancelled
+
+
 async def test_many_texts_are_looked_up_and_kept_as_well():
     transport = VectorTransport()
     async with batcher_for(transport, mb.MemoryCache()) as batcher:
