@@ -1,4 +1,4 @@
-"""Takes texts in and hands their vectors out: one for `Microbatcher.embed`, any number for `embed_many`."""
+"""Queues texts and returns their vectors: one for `Microbatcher.embed`, any number for `embed_many`."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ _SLICE = 256
 
 
 class Embedder:
-    """The way in for texts.
+    """Queues texts, and returns their vectors.
 
     Args:
         given: The objects that the parts of a batcher share.
         intake: Queues requests.
         lanes: The open lanes.
         calls: Makes the calls of lanes of texts.
-        transport: The way to the model.
+        transport: The transport; it must have `embed` for any text to be accepted.
         cache: Keeps vectors; None without a cache.
         check_open: Raises `BatcherClosed` unless requests are accepted in the running event loop; set by the host.
         check_price: Raises `ConfigError` if calls to a model cannot be paid for.
@@ -257,9 +257,9 @@ class _Run:
             if isinstance(caller, Embedding):
                 self._pending.append(caller)
                 continue
-            embedder.check_open()  # a list that is queued after the last flush would never leave
+            embedder.check_open()  # a text that is queued after the last flush would never be sent
             if embedder.admission.must_wait(options.rank):
-                self._flush()  # or what waits here could be all that keeps the places
+                self._flush()  # the texts of this run may occupy all places, and would wait for full lists
             await embedder.admission.acquire(options.rank, options.tenant, caller, patient=True)
             self._pending.append(embedder.accept(line, options, caller, _ignore))
 

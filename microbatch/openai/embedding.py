@@ -34,7 +34,7 @@ HARMLESS_FIELDS: Final = frozenset({"user"})
 _MANY: Final = 256
 """More texts of one request than this are a list that is worth a call."""
 
-_HUGE: Final = 2**31  # no number of dimensions; only the endpoint can say so
+_HUGE: Final = 2**31  # more dimensions than any model has: the request is relayed, and the endpoint refuses it
 _DEAREST_FIRST: Final[Sequence[Route]] = ("fallback", "batch", "single", "shared", "cache")
 
 

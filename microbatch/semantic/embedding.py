@@ -42,7 +42,7 @@ _GROW_AFTER: Final = 200
 
 
 def by_function(embed: Callable[[list[str]], Awaitable[Sequence[Any]]]) -> Embed:
-    """Return what embeds texts with a user's function."""
+    """Return a function that embeds texts with *embed*, given by the user: equal texts once."""
 
     async def run(_tickets: Sequence[Ticket], texts: Sequence[str], seconds: float) -> list[Floats | None]:
         distinct = list(dict.fromkeys(texts))
