@@ -50,6 +50,7 @@ Give me ages 5-10 please|Give me ages 5-11 please
 What is -5 for you?|What is 5 for you?
 What is .5 for you?|What is 5 for you?
 Do I get 5!|Do I get 5
+Did it grow twofold?|Did it grow threefold?
 Is he 5' tall?|Is he 5 tall?
 Does it measure (about 5’)?|Does it measure (about 5)?
 What is the second largest city?|What is the largest city?
@@ -78,6 +79,8 @@ Is this 1st class?|Is this 2nd class?
     "negation": """
 I do like it|I don't like it
 Do you never charge fees?|Do you charge fees?
+Is this cake sugar-free?|Is this cake sugar?
+Do you sell gluten free bread?|Do you sell gluten bread?
 Is there no fee?|Is there a fee?
 How can I pay with a card|How can I pay without a card
 Do I have any cards except this one?|Do I have any cards including this one?
