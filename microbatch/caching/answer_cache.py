@@ -188,9 +188,10 @@ class AnswerCache:
         """Return *entry* as a reply to a caller who wants it as *answer*, submitted at *created*; None if it does not fit."""
         with contained() as decoding:
             output, text = answer.stored(entry.text, entry.body)
-        if decoding.error is not None:  # a caller's validator may raise anything; a new answer may satisfy it
+            body, tool = entry.json(), answer.tool
+        # A caller's validator may raise anything, which a new answer may satisfy; or the body is damaged.
+        if decoding.error is not None:
             return None
-        body, tool = entry.json(), answer.tool
         if body is None and tool is not None:
             reason, members = tool.finish_reason, tool.call(text)
             body = completion_object(None, model=entry.model, finish_reason=reason, members=members)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 
@@ -21,6 +22,8 @@ MAX_CLOCK_SKEW: Final = 60.0  # seconds by which the clocks of processes that sh
 
 
 VECTOR_KIND: Final = b"embedding"
+
+_Digest = Annotated[bytes, msgspec.Meta(min_length=1, max_length=hashlib.blake2b.MAX_DIGEST_SIZE)]
 
 
 class Entry1(msgspec.Struct, frozen=True, array_like=True, tag=1):
@@ -65,7 +68,7 @@ class Entry(Entry1, frozen=True, array_like=True, tag=2):
     """
 
     batch_size: int = 1
-    lane_kind: bytes | None = None
+    lane_kind: _Digest | None = None
     tenant: bytes | None = None
 
     @property

@@ -276,7 +276,7 @@ async def secret_of(cache: Any) -> bytes | None:
 
 
 class BreakerState:
-    """When calls are made, by how earlier ones ended.
+    """Decides by the outcome of earlier calls whether a call is made.
 
     Calls belong to eras: the outcome of a call says nothing about a later era, so of many calls that fail together one counts.
     """

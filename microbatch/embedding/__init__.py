@@ -1,1 +1,1 @@
-"""Embeddings: texts of concurrent callers travel in one call and get their vectors by index."""
+"""Embeddings: texts of concurrent callers are sent in one call, and vectors are matched to them by index."""

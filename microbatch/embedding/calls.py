@@ -42,10 +42,10 @@ MAX_TOKENS: Final = 300_000
 """Most tokens of one call, which is OpenAI's limit."""
 
 _MARGIN: Final = 1.05
-"""By which a limit is divided where tokens are counted in another encoding than the model's, which is close for most texts."""
+"""Divisor of a limit where tokens are counted in another encoding than the model's: the counts of most texts differ by less."""
 
 _BYTES_A_TOKEN: Final = 4
-"""Of English, for usage that is not reported."""
+"""Bytes of a token of English text, for the estimate of usage that is not reported."""
 
 
 class EmbeddingCalls:
@@ -89,7 +89,7 @@ class EmbeddingCalls:
         given, policy = self._given, self._policy
         history, account = self._histories.of(spec.key), given.accounts.of(spec.model, spec.headers)
         index = given.in_flight.index_of(spec.content)
-        # Where a bound does not suffice: long texts keep theirs, because counting them would block the event loop.
+        # Used where the upper bound of a text does not decide; a long text keeps its bound, as counting it would block the event loop.
         count = given.estimates.tokens_of
         lane = Lane(spec, account, history, Budget(1, 1), index, count, self, owner)
         lane.max_wait = 0.0 if lane.rank == HIGH else policy.low_max_wait if lane.rank == LOW else policy.max_wait
@@ -242,7 +242,7 @@ class EmbeddingCalls:
         return self._attribution.cost(call_state, completion, weights, weights)
 
     def _expense(self, tickets: Sequence[Ticket]) -> Expense:
-        """Return what a call for *tickets* is likely to cost; of many characters, what samples of them tell."""
+        """Return what a call for *tickets* is likely to cost; the tokens of many characters are estimated from samples."""
         spec = tickets[0].spec
         counted = sum(ticket.counted for ticket in tickets if ticket.counted is not None)
         uncounted = "".join(ticket.text for ticket in tickets if ticket.counted is None)

@@ -1,7 +1,7 @@
 """The codec of embeddings calls: texts become one call, and its reply becomes their vectors.
 
-Vectors belong to texts by index alone, so a reply whose indices have any fault is worth nothing: a server that has skipped a text and
-numbered the rest anew has shifted all that follow. Then no vector is taken. Pure.
+Vectors are matched to texts by index alone. If the indices of a reply have any fault, no vector of it is used: a server that has
+skipped a text and numbered the rest anew has shifted all that follow. Pure.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def compose(spec: EmbeddingSpec, texts: Sequence[str]) -> EmbeddingCall:
 
 
 def read(completion: Completion, asked: int, length: int | None) -> Vectors:
-    """Take the reply to a call with *asked* texts apart; *length* is that of each vector, or None if it is not known."""
+    """Return the vectors of the reply to a call with *asked* texts; *length* is that of each vector, or None if it is not known."""
     none: list[array[float] | None] = [None] * asked
     try:
         pairs = [(index, vector) for index, vector in completion.vectors]  # type: ignore[attr-defined] # checked here
@@ -92,7 +92,7 @@ def _fault_of(indices: list[Any]) -> str | None:
 
 
 def _readable(vector: object) -> array[float] | None:
-    """Return a copy of *vector*, which is a caller's own; None if it cannot be used."""
+    """Return a copy of *vector*, as the transport may keep it and the caller may change it; None if it cannot be used."""
     try:
         numbers: array[float] = array("f", vector)  # type: ignore[call-overload]
     except (TypeError, ValueError, OverflowError):

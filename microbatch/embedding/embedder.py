@@ -1,4 +1,4 @@
-"""Takes texts in and hands their vectors out: one for `Microbatcher.embed`, any number for `embed_many`."""
+"""Queues texts and returns their vectors: one for `Microbatcher.embed`, any number for `embed_many`."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ _SLICE = 256
 
 
 class Embedder:
-    """The way in for texts.
+    """Queues texts, and returns their vectors.
 
     Args:
         given: The objects that the parts of a batcher share.
         intake: Queues requests.
         lanes: The open lanes.
         calls: Makes the calls of lanes of texts.
-        transport: The way to the model.
+        transport: The transport; it must have `embed` for any text to be accepted.
         cache: Keeps vectors; None without a cache.
         check_open: Raises `BatcherClosed` unless requests are accepted in the running event loop; set by the host.
         check_price: Raises `ConfigError` if calls to a model cannot be paid for.
@@ -167,6 +167,8 @@ class Embedder:
         if isinstance(texts, Sequence):  # nothing is sent if one of them is wrong
             for index, text in enumerate(texts):
                 read_text(text, f"texts[{index}]", self.scratch)
+                if index % _SLICE == _SLICE - 1:
+                    await asyncio.sleep(0)
         self.check_open()
         return await _Run(self, options, self._caller(timeout, use_cache), use_cache=use_cache).of(iter(texts))
 
@@ -207,9 +209,9 @@ class _Run:
         self._caller = caller
         self._cache = embedder.cache if use_cache else None
         self._found: list[Embedding] = []
-        self._guessed: list[
-            tuple[Ticket, Waiter]
-        ] = []  # those of them whose usage is an estimate that holds exact shares
+        self._failure: ConfigError | RequestFailed | None = None  # of the earliest text that has failed
+        # Those of `_found` whose usage is an estimate that holds exact shares of earlier calls.
+        self._guessed: list[tuple[Ticket, Waiter]] = []
         self._pending: deque[tuple[Ticket, Waiter] | Embedding] = deque()  # of the texts after those, in order
 
     async def of(self, texts: Iterator[str]) -> list[Embedding]:
@@ -218,26 +220,24 @@ class _Run:
         try:
             while lines := self._read(texts):
                 await self._take_in(lines)
-                while len(self._pending) > _WINDOW - _SLICE:
+                while self._failure is None and len(self._pending) > _WINDOW - _SLICE:
                     await self._hand_out()
+                if self._failure is not None:
+                    break
                 await asyncio.sleep(0)
         except (ConfigError, RequestFailed, BatcherClosed, Overloaded) as error:
             taking = error
         except BaseException:
             self._leave()
             raise
-        ended: Exception | None = None
         self._flush()
         try:
             while self._pending:
-                try:
-                    await self._hand_out()
-                except (ConfigError, RequestFailed) as error:
-                    ended = ended or error
+                await self._hand_out()
         except BaseException:
             self._leave()
             raise
-        failure = ended or taking
+        failure = self._failure or taking  # of texts before those that were being taken in
         if failure is not None:
             self._leave()
             raise failure
@@ -257,19 +257,24 @@ class _Run:
             if isinstance(caller, Embedding):
                 self._pending.append(caller)
                 continue
-            embedder.check_open()  # a list that is queued after the last flush would never leave
+            embedder.check_open()  # a text that is queued after the last flush would never be sent
             if embedder.admission.must_wait(options.rank):
-                self._flush()  # or what waits here could be all that keeps the places
+                self._flush()  # the texts of this run may occupy all places, and would wait for full lists
             await embedder.admission.acquire(options.rank, options.tenant, caller, patient=True)
             self._pending.append(embedder.accept(line, options, caller, _ignore))
 
     async def _looked_up(self, cache: VectorCache, lines: list[bytes]) -> list[CallerOptions | Embedding]:
-        """Return for each of *lines* the vector that the cache has, or the options with which it is to be asked for."""
+        """Return for each of *lines* the vector that the cache has, or the options with which it is to be asked for.
+
+        Look-ups that outlast the caller's time are misses, whose texts then end at once.
+        """
         options, caller, created = self._options, self._caller, asyncio.get_running_loop().time()
+        deadline = caller.deadline(created)
         keys = [cache.key(line, options) for line in lines]
         looking = {key: cache.look_up(key, bulk=True) for key in keys if key is not None and caller.shared}
         if looking:
-            await asyncio.wait(looking.values())
+            left = None if deadline is None else max(0.0, deadline.at - created)
+            await asyncio.wait(looking.values(), timeout=left)
         found: list[CallerOptions | Embedding] = []
         for key in keys:
             reply: Reply[Any] | None = None
@@ -279,7 +284,7 @@ class _Run:
         return found
 
     async def _hand_out(self) -> None:
-        """Wait for the first text that is pending; raise its error."""
+        """Wait for the first text that is pending, and keep its vector, or its error unless an earlier text has failed."""
         first = self._pending[0]
         if not isinstance(first, Embedding) and not first[1].future.done():
             queue = first[0].queue
@@ -287,7 +292,11 @@ class _Run:
                 queue.flush(FlushReason.DRAIN)  # what could fill its list may wait for this text
             await asyncio.wait([first[1].future])
         first = self._pending.popleft()
-        found = first if isinstance(first, Embedding) else as_embedding(first[1].future.result())
+        try:
+            found = first if isinstance(first, Embedding) else as_embedding(first[1].future.result())
+        except (ConfigError, RequestFailed) as error:
+            self._failure = self._failure or error
+            return
         self._found.append(found)
         if not isinstance(first, Embedding) and found.usage.estimated and first[0].past is not None:
             self._guessed.append(first)
@@ -314,8 +323,8 @@ class _Run:
 
 
 def _value_of(looking: asyncio.Future[bytes | None]) -> bytes | None:
-    """Return the value that was found; None if the batcher is closing."""
-    return None if looking.cancelled() or looking.exception() is not None else looking.result()
+    """Return the value that was found; None if there is none yet, or the batcher is closing."""
+    return looking.result() if looking.done() and looking.exception() is None else None
 
 
 def _ignore(_waiter: Waiter) -> None:

@@ -54,7 +54,7 @@ _VAIN: Final = 2
 """Times that a list was divided in vain after which texts go alone."""
 
 _WRONG_SHARE: Final = 8
-"""One list in so many texts may be answered wrong, before the rest go alone."""
+"""Texts of a list for each list that may be answered wrong in its recovery; after more, texts go alone."""
 
 _ODD_ONES: Final = 3
 """Texts that failed by the length of their vectors, none answered between them, after which the known length is forgotten."""
@@ -176,7 +176,7 @@ class Recovery:
         self._alone = False  # whether texts go alone, because lists are always answered wrong
 
     async def after(self, outcome: ListOutcome) -> None:
-        """Deal with what the first call has left."""
+        """End every text that the first call, which ended with *outcome*, has left unanswered."""
         if outcome.other is not None and len(outcome.tickets) > 1 and await self._ignores_dimensions(outcome):
             return
         parts, vain, wrong = [_Part(outcome.tickets, outcome=outcome)], 0, 0

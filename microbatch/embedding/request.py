@@ -1,4 +1,4 @@
-"""Reads the arguments of `Microbatcher.embed`: what a text has in common with others, and the text itself."""
+"""Reads the arguments of `Microbatcher.embed`: the options, which texts of one call have in common, and the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors: as answers, as bytes, and whether their numbers are numbers. Pure."""
+"""Vectors as answers and as bytes, and the check that their numbers are finite. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOT_FINITE: Final = (b"\x7f", b"\xff")
 
 
 class VectorAnswer(AnswerType):
-    """The form of an answer that is a vector; it stands where chat requests have theirs."""
+    """The answer type of a text to embed: a vector of 32-bit floats, an `array("f")`."""
 
     def __init__(self) -> None:
         super().__init__({"type": "array", "items": {"type": "number"}}, decode_text, "text")

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import sys
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import msgspec
 
+from microbatch.embedding.vectors import vector_bytes
 from microbatch.messages import Reply, Usage
 from microbatch.prompt.parameters import shown_name
 from microbatch.transports.lenient import is_array
@@ -34,7 +34,7 @@ HARMLESS_FIELDS: Final = frozenset({"user"})
 _MANY: Final = 256
 """More texts of one request than this are a list that is worth a call."""
 
-_HUGE: Final = 2**31  # no number of dimensions; only the endpoint can say so
+_HUGE: Final = 2**31  # more dimensions than any model has: the request is relayed, and the endpoint refuses it
 _DEAREST_FIRST: Final[Sequence[Route]] = ("fallback", "batch", "single", "shared", "cache")
 
 
@@ -123,10 +123,7 @@ def reply_of(embeddings: list[Embedding]) -> Reply[list[Embedding]]:
 
 def as_base64(vector: array[float]) -> str:
     """Return *vector* as base64 of little-endian 32-bit floats."""
-    if sys.byteorder == "big":
-        vector = vector[:]
-        vector.byteswap()
-    return base64.b64encode(vector).decode()
+    return base64.b64encode(vector_bytes(vector)).decode()
 
 
 def usage_of(reply: Reply[Any]) -> dict[str, Any]:

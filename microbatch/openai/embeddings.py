@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, cast
 
 from microbatch.errors import ConfigError
@@ -17,13 +18,13 @@ from microbatch.openai.embedding import (
     usage_of,
 )
 from microbatch.openai.objects import CreateEmbeddingResponse
-from microbatch.openai.options import given_options, request_body
+from microbatch.openai.options import given_options, is_given, request_body
 from microbatch.openai.relayed import ask_json
 from microbatch.transports.addresses import EMBEDDINGS
 from microbatch.transports.reply_fields import read_usage
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from microbatch.client import Microbatcher
     from microbatch.messages import Priority, UseCache
@@ -93,7 +94,7 @@ class Embeddings:
             RequestFailed: A text could not be embedded, as in `Microbatcher.embed`; there are no vectors of the others.
         """
         given = given_options(self._defaults, options)
-        body = request_body(given, input=input if isinstance(input, str | None) else list(input))
+        body = request_body(given, input=_as_json(input))
         asked = read_embedding_request(body, harmless=self._harmless)
         if not isinstance(asked, EmbeddingRequest):
             return await self._ask_alone(body, given, asked)
@@ -141,6 +142,21 @@ class Embeddings:
             None, "", "forward", usage, model=cast("str | None", members.get("model")), request_id=request_id
         )
         return response
+
+
+def _as_json(given: object) -> str | list[Any] | None:
+    """Return *given*, an argument `input`, as it is sent; None if there is none.
+
+    Raises:
+        ConfigError: It is neither a string nor a list: bytes would be sent as tokens, and of a mapping the keys.
+    """
+    if isinstance(given, str):
+        return given
+    if not is_given(given):
+        return None
+    if not isinstance(given, Iterable) or isinstance(given, bytes | bytearray | memoryview | Mapping):
+        raise ConfigError(f"input must be a text, a list of texts, or tokens, got {type(given).__name__}")
+    return list(given)
 
 
 class RawEmbeddings:

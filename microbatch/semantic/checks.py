@@ -1,8 +1,7 @@
 """Compares the answers to similar questions, and asks again where they differ, or where one was handed out.
 
 Asking again is a call of the lowest priority, outside cache and single flight, for which no caller waits; its route is "check". See
-`microbatch.semantic.evidence` for the scores. What cannot be told counts as wrong: an answer that could not be asked for again is never
-a reason to trust others.
+`microbatch.semantic.evidence` for the scores. A pair whose score is not known, because asking again failed, counts as wrong.
 """
 
 from __future__ import annotations

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     ReadOptions = Callable[..., EmbeddingOptions]  # `Embedder.read_options`
 
 _GROW_AFTER: Final = 200
-"""Calls in a row after which longer lists are tried again: what was refused may have been a text."""
+"""Calls that were answered after which longer lists are tried again: what was refused may have been a text."""
 
 
 def by_function(embed: Callable[[list[str]], Awaitable[Sequence[Any]]]) -> Embed:
-    """Return what embeds texts with a user's function."""
+    """Return a function that embeds texts with *embed*, given by the user: equal texts once."""
 
     async def run(_tickets: Sequence[Ticket], texts: Sequence[str], seconds: float) -> list[Floats | None]:
         distinct = list(dict.fromkeys(texts))
@@ -93,8 +93,9 @@ class EndpointEmbedder:
         self._read_options = read_options
         self._lease = lease
         self._model = model
-        self._most = MAX_INPUTS  # texts of one call; fewer after a refusal
-        self._sound = 0  # calls since the last refusal
+        self._most = MAX_INPUTS  # texts of one call; fewer after a refusal of the length
+        self._taken = 0  # the longest list taken since a list was refused
+        self._sound = 0  # calls answered since lists became shorter
 
     async def __call__(self, tickets: Sequence[Ticket], texts: Sequence[str], seconds: float) -> list[Floats | None]:
         """Return the vectors of *texts*, those of *tickets*; None for one that cannot be used. Raise what ended all calls."""
@@ -136,16 +137,29 @@ class EndpointEmbedder:
         try:
             vectors = await self._vectors(each, seconds)
         except BadRequest as error:
-            self._most, self._sound = min(self._most, max(1, len(each.texts) // 2)), 0
+            self._note_refused(len(each.texts))
             errors.append(error)
         except Exception as error:  # noqa: BLE001 raised once all calls have ended
             errors.append(error)
         else:
+            self._taken = max(self._taken, len(each.texts))
             self._sound += 1
             if self._sound % _GROW_AFTER == 0:
                 self._most = min(MAX_INPUTS, 2 * self._most)
             for ticket, text, vector in zip(each.tickets, each.texts, vectors, strict=True):
                 found[_sharing(ticket), text] = vector
+
+    def _note_refused(self, size: int) -> None:
+        """Make lists shorter after one of *size* texts was refused, unless that was for one of its texts.
+
+        A list of one is refused for its text, and so, for all that is known, is one no longer than a list that was taken since the
+        refusal before.
+        """
+        if size == 1:
+            return
+        if size > self._taken:
+            self._most, self._sound = min(self._most, size // 2), 0
+        self._taken = 0
 
     async def _vectors(self, each: _List, seconds: float) -> list[Floats | None]:
         options, given = each.options, self._given

@@ -120,7 +120,7 @@ class KindEvidence(msgspec.Struct, kw_only=True):
         return self.state == "proven" and self.threshold is not None and similarity >= self.threshold
 
     def wants(self, similarity: float) -> bool:
-        """Return whether a pair of that *similarity* tells anything new."""
+        """Return whether a pair of that *similarity* is evidence for the present training or test."""
         if self.state != "shadow":
             return False
         return similarity > self._above and similarity >= (self._floor if self.threshold is None else self.threshold)

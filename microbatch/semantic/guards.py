@@ -191,6 +191,8 @@ class _Token(NamedTuple):
 _SHORT_DASHES: Final = "-\u2013"
 _AROUND: Final = "\"'`(["
 _AFTER: Final = "\"'`)].,;:!?"
+_AFTER_NUMBER: Final = frozenset("!'\"")
+"""Punctuation that may be a part of the number before it: a factorial, feet or minutes, inches or seconds."""
 
 
 def _tokens(text: str) -> Iterator[_Token]:
@@ -204,8 +206,8 @@ def _tokens(text: str) -> Iterator[_Token]:
             if not bare:
                 opens = opens or any(mark in part for mark in ".!?:")
                 continue
-            if tail.startswith("!") and bare[-1].isdigit():
-                bare += "!"  # a factorial, for all that is known
+            if tail[:1] in _AFTER_NUMBER and bare[-1].isdigit() and part[0] not in _AFTER_NUMBER:
+                bare += tail[:1]
             yield _Token(bare, opens, closes=bool(tail))
             ends = any(mark in tail for mark in ".!?:;")
             opens = ends and not (tail == "." and (bare.lower() in ABBREVIATIONS or (len(bare) == 1 and bare != "I")))
@@ -268,7 +270,7 @@ class _Reader:
 
     def read(self, token: _Token) -> None:
         parts = _DASHES.split(token.text)
-        if all(_WORD.fullmatch(part) and not _is_code(part) for part in parts):
+        if all(_is_word(part) and not _is_code(part) for part in parts):
             opens = token.opens
             for part in parts:
                 self._word(part, opens=opens)
@@ -287,7 +289,7 @@ class _Reader:
             self._facts.append(("urls", text))
         elif _DATE.fullmatch(text):
             self._facts.append(("dates", f"{self._qualifier()}{lower}"))
-        elif _NUMBER.fullmatch(text):
+        elif _NUMBER.fullmatch(text) or text.isnumeric():
             self._facts.append(("numbers", f"{self._qualifier()}{text}"))
         else:
             self._facts.append(("codes", text))
@@ -364,6 +366,11 @@ class _Reader:
             if capital and lower not in STARTERS:
                 self._openings.add(stem(lower))
             self._after_name = capital and lower not in STARTERS
+
+
+def _is_word(part: str) -> bool:
+    """Return whether *part* consists of letters, with apostrophes between them: "½" and the last of "km²" are none."""
+    return _WORD.fullmatch(part) is not None and part.replace("'", "").isalpha()
 
 
 def _is_code(word: str) -> bool:

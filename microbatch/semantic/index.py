@@ -179,10 +179,19 @@ class Partition:
             del self._groups[entry.signature.facts]
 
     async def nearest(self, asked: Sequence[tuple[Floats, Signature, bytes]]) -> list[Found]:
-        """Return for each question that is *asked*, a vector that fits, its signature and its key, what is nearest to it.
+        """Return for each question that is *asked*, its vector, signature and key, what is nearest to it.
 
-        The entry of the question itself is passed over.
+        The entry of the question itself is passed over. To a vector that does not fit nothing is near: entries of another length may
+        have been added since it was read.
         """
+        places = [place for place, (vector, _, _) in enumerate(asked) if self.fits(vector)]
+        found = [NOTHING] * len(asked)
+        for place, near in zip(places, await self._nearest([asked[place] for place in places]), strict=True):
+            found[place] = near
+        return found
+
+    async def _nearest(self, asked: Sequence[tuple[Floats, Signature, bytes]]) -> list[Found]:
+        """Return what `nearest` does, for vectors that fit."""
         vectors = self._vectors
         if vectors is None or not self._entries:
             return [NOTHING] * len(asked)
@@ -237,7 +246,7 @@ class Index:
     def __init__(self) -> None:
         self.evictions: int = 0
         self._partitions: LRU[bytes, Partition] = LRU(None)
-        self._of_key: dict[bytes, Partition] = {}
+        self._of_key: dict[bytes, bytes] = {}  # the digest of the partition of each entry
         self._told = False
         self._bytes = 0  # of the vectors in all partitions, older ones aside
 
@@ -257,7 +266,7 @@ class Index:
         self._bytes -= partition.nbytes
         evicted = partition.add(key, signature, vector)
         self._bytes += partition.nbytes
-        self._of_key[key] = partition
+        self._of_key[key] = digest
         if evicted is not None:
             self._of_key.pop(evicted, None)
             self.evictions += 1
@@ -288,11 +297,15 @@ class Index:
             self._of_key.pop(key, None)
 
     def remove(self, keys: Iterable[bytes]) -> None:
-        """Remove the entries with *keys*, as far as there are any."""
+        """Remove the entries with *keys*, as far as there are any, and partitions that have none left."""
         for key in keys:
-            partition = self._of_key.pop(key, None)
-            if partition is not None:
-                partition.remove(key)
+            digest = self._of_key.pop(key, None)
+            partition = None if digest is None else self._partitions.get(digest)
+            if digest is None or partition is None:
+                continue
+            partition.remove(key)
+            if not len(partition):
+                self._drop(digest, partition)
 
     def clear(self, matches: Callable[[bytes | None], bool] | None = None) -> None:
         """Remove the partitions whose tenant's digest matches; all with None."""

@@ -291,6 +291,7 @@ class LookUps:
                 self._note_failure(looking, error)
             return
         self._late = False
+        lengths = {len(vector) for vector in vectors if vector is not None}
         for number, (look_up, vector) in enumerate(zip(looking, vectors, strict=True)):
             partition = self._cache.index.get(look_up.partition)
             if vector is None:
@@ -300,6 +301,8 @@ class LookUps:
             elif partition is not None and not partition.fits(vector):
                 misfit = f"a vector has {len(vector)} numbers, and those before had {partition.dimension}"
                 self._note_failure([look_up], MalformedAnswer(misfit))
+            elif partition is None and len(lengths) > 1:  # the length of the partition would be a matter of chance
+                self._note_failure([look_up], MalformedAnswer("the vectors of a list differ in length"))
             else:
                 look_up.signature, look_up.vector = signature(look_up.text), vector
             if number % _SLICE == _SLICE - 1:

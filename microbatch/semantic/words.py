@@ -51,9 +51,9 @@ _ENDINGS: Final = (
 _NEGATIONS: Final = """
 not no none nobody nothing nowhere nor neither never without hardly barely scarcely rarely seldom except excepting
 excluding besides unless impossible lack lacks lacking lacked minus instead rather otherwise unable non anymore longer
-avoid avoids avoided avoiding prevent prevents prevented preventing refuse refuses refused refusing fail fails failed
-failing stop stops stopped stopping forbid forbids forbidden deny denies denied skip skips skipped skipping ignore
-ignores ignored ignoring
+avoid avoids avoided avoiding prevent prevents prevented preventing refuse refuses refused refusing free fail fails
+failed failing stop stops stopped stopping forbid forbids forbidden deny denies denied skip skips skipped skipping
+ignore ignores ignored ignoring
 """
 _PREFIXES: Final = "un anti pro pre post semi bi ex sub multi mini self"
 """Beginnings that stand apart, or before a hyphen."""
@@ -84,12 +84,13 @@ approximately roughly precisely maximum minimum max min always sometimes usually
 another other others same different else except
 """
 _NUMBERS: Final = """
-zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred hundreds thousand thousands million
-millions billion billions trillion trillions first second seconds secondly firstly third thirds fourth fifth sixth
-seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth
-nineteenth twentieth thirtieth hundredth thousandth halves quarters ii iii iv vi vii viii ix xi xii xiii xiv xv once
-twice thrice half quarter double triple quadruple dozen dozens pair pairs single couple
+zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen
+nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred hundreds thousand thousands million millions
+billion billions trillion trillions first second seconds secondly firstly third thirds fourth fifth sixth seventh eighth
+ninth tenth eleventh twelfth thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth
+thirtieth hundredth thousandth halves quarters ii iii iv vi vii viii ix xi xii xiii xiv xv once twice thrice twofold
+threefold fourfold fivefold tenfold hundredfold half quarter double triple quadruple dozen dozens pair pairs single
+couple
 """
 _DATES: Final = """
 monday tuesday wednesday thursday friday saturday sunday mondays tuesdays wednesdays thursdays fridays saturdays

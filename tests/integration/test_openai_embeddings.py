@@ -147,6 +147,9 @@ async def test_errors_are_those_of_the_batcher():
             await ours.embeddings.create(input="x", extra_query={"a": "b"})
         with pytest.raises(mb.ConfigError, match="JSON"):
             await ours.embeddings.create(model=EMBEDDER, input=[object()])
+        for wrong in (b"bytes", bytearray(b"bytes"), 5, {"a text": 1}):
+            with pytest.raises(mb.ConfigError, match="input must be"):
+                await ours.embeddings.create(model=EMBEDDER, input=wrong)
         upstream.refusal = 401, {"message": f"no such key {KEY}"}, {}
         with pytest.raises(mb.AuthFailed) as caught:
             await ours.embeddings.create(model=EMBEDDER, input=[1])

@@ -6,7 +6,7 @@ import random
 
 import msgspec
 import pytest
-from helpers import ask, batcher_for, submit_all
+from helpers import ask, batcher_for, each, submit_all
 
 import microbatch as mb
 from microbatch.caching import entry as entries
@@ -230,6 +230,34 @@ async def test_what_is_not_the_keys_own_sound_entry_is_a_miss(how):
             assert (reply.output, reply.route) == (text.upper(), "single")
         assert batcher.stats().cache_hits == 0
     assert len(transport.calls) == 4
+
+
+DAMAGES = {
+    "a body that is no JSON": {"body": b'{"choices": ['},
+    "a body that is no object": {"body": b"[1]"},
+    "a body that is no text": {"body": b"\xff"},
+    "no name of a kind": {"lane_kind": b""},
+    "a long name of a kind": {"lane_kind": b"k" * 1_000},
+}
+
+
+@each("damage", DAMAGES)
+async def test_an_entry_of_which_one_field_is_damaged_is_a_miss_and_no_error(damage):
+    def forge(keys, found, _kept):
+        return [
+            value and entries.encode(msgspec.structs.replace(entries.decode(value), **DAMAGES[damage]))
+            for value in found
+        ]
+
+    transport = ScriptedTransport(answer=lambda text: text.upper())
+    cache = Forged(forge)
+    async with batcher_for(transport, cache) as batcher:
+        for _ in range(2):
+            assert (await batcher.submit(ask("a"), params={"logprobs": True})).route == "single"
+            await asyncio.sleep(2 * FRESH)
+        found = [result.reply.route async for result in batcher.map([mb.Request(ask("a"), params={"logprobs": True})])]
+        assert found == ["single"]
+        assert batcher.stats().cache_misses == 3
 
 
 async def test_an_entry_that_no_longer_fits_the_type_is_a_miss():

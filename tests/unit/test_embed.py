@@ -258,6 +258,38 @@ async def test_the_error_of_the_earliest_text_is_raised_when_all_that_were_sent_
     assert stats.unclaimed.prompt_tokens == stats.prompt_tokens == transport.tokens > 0  # no caller has a vector
 
 
+async def test_the_earliest_error_is_raised_also_if_more_texts_were_waiting_than_are_pending_at_a_time():
+    def refuse(_, inputs, pairs):
+        if len(inputs) == 1 and inputs[0] in ("text 3 ", "text 8000 "):
+            raise mb.BadRequest(inputs[0], status=400)
+        if {"text 3 ", "text 8000 "} & set(inputs):
+            raise mb.BadRequest("one of many", status=400)
+        return pairs
+
+    async with batcher_for(VectorTransport(refuse, delay=1.0)) as batcher:
+        for source in (texts(20_000), iter(texts(20_000))):
+            with pytest.raises(mb.BadRequest, match="text 3 "):
+                await batcher.embed_many(source, use_cache=False)
+
+
+async def test_a_long_list_is_checked_in_slices_between_which_others_have_their_turn():
+    turns = []
+
+    async def count():
+        while True:
+            turns.append(len(transport.calls))
+            await asyncio.sleep(0)
+
+    transport = VectorTransport()
+    async with batcher_for(transport) as batcher:
+        counting = asyncio.ensure_future(count())
+        with pytest.raises(mb.ConfigError, match=r"texts\[20000\]"):
+            await batcher.embed_many([*texts(20_000), 1])
+        counting.cancel()
+    assert len(turns) >= 20_000 // 512
+    assert not transport.calls
+
+
 async def test_after_an_error_no_more_is_read():
     read = 0
 
@@ -450,6 +482,24 @@ async def test_what_may_change_a_vector_or_says_who_may_see_it_is_part_of_its_ke
         await batcher.embed("x", priority="high")
         await batcher.embed("x", params={"user": "u"})
         assert batcher.stats().cache_hits == 2
+
+
+async def test_the_timeout_of_many_texts_covers_their_look_up_too():
+    class Hanging(mb.MemoryCache):
+        async def get_many(self, keys):
+            await asyncio.sleep(60.0)
+            return await super().get_many(keys)
+
+    transport = VectorTransport(delay=1.0)
+    async with batcher_for(transport, Hanging()) as batcher:
+        begun = now()
+        with pytest.raises(mb.DeadlineExceeded):
+            await batcher.embed_many(texts(600), timeout=0.5)
+        assert now() - begun == pytest.approx(0.5, abs=0.01)
+        assert all(is_right(*pair) for pair in zip(await batcher.embed_many(texts(3)), texts(3), strict=True))
+    stats = batcher.stats()
+    assert stats.queued == stats.in_flight == 0
+    assert stats.items == stats.answered + stats.failed + stats.cancelled
 
 
 async def test_many_texts_are_looked_up_and_kept_as_well():

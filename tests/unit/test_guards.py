@@ -50,9 +50,16 @@ Give me ages 5-10 please|Give me ages 5-11 please
 What is -5 for you?|What is 5 for you?
 What is .5 for you?|What is 5 for you?
 Do I get 5!|Do I get 5
+Did it grow twofold?|Did it grow threefold?
+Is he 5' tall?|Is he 5 tall?
+Does it measure (about 5’)?|Does it measure (about 5)?
 What is the second largest city?|What is the largest city?
 Is part iv the best?|Is part vi the best?
 I have ٥ cards, why?|I have ٦ cards, why?
+Do I add ½ a cup of sugar?|Do I add ¼ a cup of sugar?
+Do I add ½ a cup of sugar?|Do I add a cup of sugar?
+How do I do step ② of it?|How do I do step ③ of it?
+What is in part ⅳ of it?|What is in part ⅵ of it?
 What happens in may 5|What happens in june 5
 """,
     "units": """
@@ -72,6 +79,8 @@ Is this 1st class?|Is this 2nd class?
     "negation": """
 I do like it|I don't like it
 Do you never charge fees?|Do you charge fees?
+Is this cake sugar-free?|Is this cake sugar?
+Do you sell gluten free bread?|Do you sell gluten bread?
 Is there no fee?|Is there a fee?
 How can I pay with a card|How can I pay without a card
 Do I have any cards except this one?|Do I have any cards including this one?
@@ -241,6 +250,21 @@ def test_a_changed_digit_is_refused_wherever_it_stands(text, data):
     one, other = data.draw(st.lists(st.integers(0, 9).map(str), min_size=2, max_size=2, unique=True))
     asked, kept = (signature(f"{text[:place]}{digit}{text[place:]}") for digit in (one, other))
     assert refusal(asked, kept) is not None
+
+
+NUMERIC = [each_ for each_ in map(chr, range(0x20000)) if each_.isnumeric() and not each_.isalpha()]
+
+
+@given(
+    st.sampled_from(ENGLISH),
+    st.sampled_from(NUMERIC),
+    st.sampled_from(NUMERIC),
+    st.sampled_from(["{}", "km{}", "k{}m"]),
+)
+def test_a_changed_numeral_of_any_kind_is_refused(text, one, other, form):
+    assume(one != other)
+    assert refusal(*(signature(f"{text} {form.format(numeral)}") for numeral in (one, other))) is not None
+    assert refusal(signature(f"{text} {form.format(one)}"), signature(f"{text} {form.format('')}")) is not None
 
 
 @given(

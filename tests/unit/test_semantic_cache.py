@@ -309,6 +309,34 @@ async def test_what_an_embedder_gets_wrong_is_a_miss_and_delays_nothing(caplog):
     assert len([record for record in caplog.records if "vectors" in record.message]) == 1
 
 
+async def test_a_vector_of_another_length_than_those_stored_since_takes_nothing_from_the_questions_beside_it():
+    embed = Embedder()
+    async with similar_batcher(cache=semantic(embed)) as batcher:
+        asking = [asyncio.ensure_future(batcher.submit(ask_about("amber", 0)))]
+        await asyncio.sleep(0.1)
+        for number, fault in ((1, lambda vectors: [vector[:5] for vector in vectors]), (2, None)):
+            embed.fault = fault
+            asking.append(asyncio.ensure_future(batcher.submit(ask_about("amber", number))))
+            await asyncio.sleep(0.001)
+        assert [reply.batch_size for reply in await asyncio.gather(*asking)] == [1, 2, 2]
+        await settled(batcher)
+        assert batcher.stats().shadow_pairs == 1
+        assert len(batcher.look_ups._cache.index) == 2
+
+
+async def test_vectors_of_one_list_that_differ_in_length_are_not_used():
+    embed = Embedder(fault=lambda vectors: [vectors[0][:5], *vectors[1:]])
+    async with similar_batcher(cache=semantic(embed)) as batcher:
+        await asyncio.gather(*(batcher.submit(ask_about("amber", number)) for number in range(3)))
+        assert batcher.stats().look_ups_failed == 3
+        embed.fault = None
+        for number in range(3, 6):  # no wrong length is known by now
+            await routes(batcher, "amber", [number])
+            await settled(batcher)
+        assert batcher.stats().shadow_pairs == 2
+        assert batcher.stats().look_ups_failed == 3
+
+
 async def test_a_late_vector_is_a_miss_and_holds_nothing_after_the_first():
     embed = Embedder()
     async with similar_batcher(cache=semantic(embed, lookup_timeout=0.1)) as batcher:

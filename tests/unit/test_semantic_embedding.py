@@ -18,6 +18,7 @@ class Endpoint(Naming):
     def __init__(self, **options):
         super().__init__(embedding_model="vectors", **options)
         self.embedded, self.takes, self.embed_delay, self.fault = [], 2_048, 0.0, None
+        self.refuses = None  # a part of the texts that are refused
         self._embedder = Embedder()
 
     async def embed(self, call):
@@ -26,6 +27,8 @@ class Endpoint(Naming):
             await asyncio.sleep(self.embed_delay)
         if self.fault is not None:
             raise self.fault
+        if self.refuses is not None and any(self.refuses in text for text in call.inputs):
+            raise mb.BadRequest("an input is not allowed", status=400)
         if len(call.inputs) > self.takes:
             raise mb.BadRequest("too many inputs", status=400)
         vectors = [array("f", self._embedder.vector(text)) for text in call.inputs]
@@ -109,6 +112,25 @@ async def test_a_refused_list_is_a_miss_and_later_lists_are_shorter():
             await asyncio.gather(*(batcher.submit(ask_about("amber", 40 * burst + n)) for n in range(32)))
         assert batcher.stats().look_ups_failed == 32 * 2
         assert [len(call.inputs) for call in transport.embedded] == [32, 16, 16, *[8] * 12]
+
+
+async def test_a_text_that_is_refused_does_not_make_lists_shorter():
+    transport = Endpoint()
+    # In one question of each burst but the first.
+    transport.refuses = "please briefly answer me what you know of the bread"
+    async with own_batcher(transport, max_batch_size=1) as batcher:
+        for numbers in ((300, 340), (10, 11), (10, 42), (340, 380), (10, 42), (380, 400)):
+            await asyncio.gather(*(batcher.submit(ask_about("amber", n), use_cache="refresh") for n in range(*numbers)))
+        assert [len(call.inputs) for call in transport.embedded] == [40, 1, 32, 40, 32, 20]
+
+
+async def test_lists_become_shorter_if_those_of_a_length_that_was_taken_are_refused_from_now_on():
+    transport = Endpoint()
+    async with own_batcher(transport, max_batch_size=1) as batcher:
+        for burst, takes in enumerate((2_048, 8, 8, 8, 8)):
+            transport.takes = takes
+            await asyncio.gather(*(batcher.submit(ask_about("amber", 40 * burst + n)) for n in range(32)))
+        assert [len(call.inputs) for call in transport.embedded] == [32, 32, 32, 16, 16, *[8] * 4]
 
 
 @each("fault", [mb.ServerError("down", status=500), mb.ConnectFailed("gone"), mb.AuthFailed("no", status=401)])

@@ -1,5 +1,6 @@
 """The index of a semantic cache: what is nearest, which partition, what has to go."""
 
+import asyncio
 import logging
 import subprocess
 import sys
@@ -52,6 +53,15 @@ async def test_the_nearest_is_found_as_by_comparing_with_each(count):
     assert [each_.key for each_ in found] == [key(int(number)) for number in right]
     for each_, similarity in zip(found, (asked @ vectors.T).max(axis=1), strict=True):
         assert each_.similarity == pytest.approx(float(similarity), abs=1e-4)
+
+
+async def test_a_vector_of_another_length_has_no_neighbour_and_harms_no_other_question():
+    vectors = units(3)
+    partition = filled(vectors[:2])
+    found = await partition.nearest(
+        [(units(1, 5)[0], PLAIN, b""), (vectors[1], PLAIN, b""), (units(1, 9)[0], TWO, b"")]
+    )
+    assert [each_.key for each_ in found] == [None, key(1), None]
 
 
 async def test_removed_entries_are_not_found_and_their_rows_are_used_again():
@@ -233,6 +243,29 @@ def test_vectors_of_another_length_are_not_added():
     assert index.add(b"p", None, key(0), PLAIN, units(1)[0])
     assert not index.add(b"p", None, key(1), PLAIN, units(1, 9)[0])
     assert len(index) == 1
+
+
+def test_a_partition_whose_last_entry_is_removed_keeps_neither_memory_nor_the_length_of_its_vectors():
+    index = Index()
+    for number, vector in enumerate(units(3)):
+        index.add(b"p", None, key(number), PLAIN, vector)
+    index.remove([key(0), key(2)])
+    assert index.get(b"p") is not None
+    index.remove([key(1)])
+    assert index.get(b"p") is None
+    assert index.add(b"p", None, key(1), PLAIN, units(1, 9)[0])
+    assert len(index) == 1
+
+
+async def test_a_search_of_a_partition_that_is_emptied_meanwhile_finds_nothing(monkeypatch):
+    monkeypatch.setattr(index_module, "_INLINE", 0)
+    index, (vector, other) = Index(), units(2)
+    index.add(b"p", None, key(0), PLAIN, vector)
+    searching = asyncio.ensure_future(index.get(b"p").nearest([(vector, PLAIN, b"")]))
+    await asyncio.sleep(0)
+    index.remove([key(0)])
+    index.add(b"p", None, key(1), PLAIN, other)
+    assert await searching == [NOTHING]
 
 
 def test_entries_are_removed_by_key_and_by_tenant():
