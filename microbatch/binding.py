@@ -45,11 +45,13 @@ class Question:
         Raises:
             ConfigError: It lacks a field of the template, or cannot be written as JSON.
         """
-        record = {"": item} if self._takes_values else _record_of(item)
         try:
+            record = {"": item} if self._takes_values else _record_of(item)
             text = self._template.render(record)
         except MissingField as error:
             raise ConfigError(f"an item cannot be asked about: {error}") from None
+        except ConfigError:
+            raise
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ConfigError(f"an item cannot be written as JSON ({type(error).__name__})") from None
         return [*self._system, {"role": "user", "content": text}]
@@ -114,10 +116,8 @@ class BoundRequests(Generic[T]):
         try:
             messages = self._question.messages(item)
         except ConfigError as error:
-            self._errors[position], messages = (
-                error,
-                (),
-            )  # `map` refuses a request without messages, which keeps its place
+            self._errors[position] = error
+            messages = ()  # `map` refuses a request without messages, which keeps its place
         return Request(messages, **self._options)
 
     async def named(self, results: AsyncIterator[Result[T]]) -> AsyncIterator[Result[T]]:

@@ -71,6 +71,7 @@ class BlockingMicrobatcher:
         self._portal: BlockingPortal | None = None
         self._closed = False
         self._pid: int | None = None  # of the process that opened it
+        self._maps: set[_BlockingMap[Any]] = set()  # those under way; used on the event loop only
 
     # --- life
 
@@ -110,18 +111,25 @@ class BlockingMicrobatcher:
 
         None waits as long as deadlines and timeouts allow. It may be called again, and in a forked child does nothing.
         """
+        if self._pid not in (None, os.getpid()):
+            return  # before the lock, as in `_open`
         with self._lock:
-            if self._pid not in (None, os.getpid()):
-                return
             self._closed = True
             running, portal = self._running, self._portal
             self._running = self._portal = None
         if running is not None and portal is not None:
             atexit.unregister(self.close)
             try:
-                portal.call(self._batcher.aclose, grace)
+                portal.call(self._end, grace)
             finally:
                 running.__exit__(None, None, None)
+
+    async def _end(self, grace: float | None) -> None:
+        try:
+            await self._batcher.aclose(grace)
+        finally:
+            for each in self._maps:
+                each.release()
 
     def __enter__(self) -> Self:
         return self.open()
@@ -161,7 +169,7 @@ class BlockingMicrobatcher:
         on the batcher's event loop.
         """
         whole(1, max_pending=max_pending)
-        return _BlockingMap[Any](self, requests, max_pending, ordered=ordered).results()
+        return _BlockingMap[Any](self, self._maps, requests, max_pending, ordered=ordered).results()
 
     def bind(
         self, system: str | None, *, output_type: Any = str, template: str = "{}", **options: Any
@@ -245,14 +253,22 @@ class _BlockingMap(Generic[T]):
     """
 
     def __init__(
-        self, batcher: BlockingMicrobatcher, requests: Requests, max_pending: int | None, *, ordered: bool
+        self,
+        batcher: BlockingMicrobatcher,
+        running: set[_BlockingMap[Any]],
+        requests: Requests,
+        max_pending: int | None,
+        *,
+        ordered: bool,
     ) -> None:
         self._batcher = batcher
+        self._running = running
         self._requests = requests
         self._options: dict[str, Any] = {"max_pending": max_pending, "ordered": ordered}
         self._events: queue.SimpleQueue[Result[T] | _Ended | None] = queue.SimpleQueue()
         self._at_once = _AT_ONCE if max_pending is None else max(1, min(_AT_ONCE, max_pending // _AHEAD))
         self._ready = 0  # results that the thread has not taken, as far as the event loop knows
+        self._released = False
         self._loop: asyncio.AbstractEventLoop
         self._room: asyncio.Event
         self._items: asyncio.Future[tuple[list[Request[Any] | Messages], Exception | None]]
@@ -270,20 +286,27 @@ class _BlockingMap(Generic[T]):
     async def _run(self, source: Requests) -> None:
         self._loop, self._room = asyncio.get_running_loop(), asyncio.Event()
         error: BaseException | None = None
+        self._running.add(self)
         try:
             mapping = cast("AsyncGenerator[Result[T]]", self._batcher.batcher.map(source, **self._options))
             async with aclosing(mapping) as results:
                 async for result in results:
                     self._events.put(result)
                     self._ready += 1
-                    while self._ready > 2 * _AT_ONCE:
+                    while self._ready > 2 * _AT_ONCE and not self._released:
                         self._room.clear()
                         await self._room.wait()
         except BaseException as failure:
             error = failure
             raise
         finally:
+            self._running.discard(self)
             self._events.put(_Ended(error))
+
+    def release(self) -> None:
+        """Wait for the thread no longer: the batcher is closed, and the thread may never take the rest."""
+        self._released = True
+        self._room.set()
 
     async def _source(self) -> AsyncIterator[Request[Any] | Messages]:
         ended = None

@@ -90,7 +90,7 @@ class Ask:
         retry: RetryPolicy | None = None,
         **options: Any,
     ) -> None:
-        _check_secrets({**(transport or {}), **options})
+        _check_secrets(transport or {}, options)
         key = None if api_key_env is None else os.environ.get(api_key_env)
         if api_key_env is not None and not key:
             raise ConfigError(f"the environment of this actor has no {api_key_env}")
@@ -130,7 +130,7 @@ class Ask:
         Raises:
             ConfigError: An argument is wrong.
         """
-        _check_secrets({**(settings.get("transport") or {}), **settings})
+        _check_secrets(settings.get("transport") or {}, settings)
         Question(system, template)  # refused here rather than in an actor
         return dataset.map_batches(
             cls,
@@ -187,14 +187,15 @@ class Ask:
         raise TypeError("an Ask cannot be pickled: give the class and its arguments to map_batches")
 
 
-def _check_secrets(settings: Mapping[str, Any]) -> None:
+def _check_secrets(*settings: Mapping[str, Any]) -> None:
     """Raise `ConfigError` if a credential is among *settings*, which are pickled."""
-    headers = settings.get("headers") or {}
-    if "api_key" in settings or (isinstance(headers, Mapping) and hold_credentials(headers)):
-        raise ConfigError(
-            "a key must not be in the arguments, which Ray pickles: set it in the environment of the actors, and name the variable "
-            "in api_key_env="
-        )
+    for each in settings:
+        headers = each.get("headers") or {}
+        if "api_key" in each or (isinstance(headers, Mapping) and hold_credentials(headers)):
+            raise ConfigError(
+                "a key must not be in the arguments, which Ray pickles: set it in the environment of the actors, and name the "
+                "variable in api_key_env="
+            )
 
 
 def _values(column: Any) -> list[Any]:

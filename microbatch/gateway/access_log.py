@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import select
 import stat
 import sys
 import threading
+from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from queue import Full, Queue
 from typing import TYPE_CHECKING, Final
 
@@ -41,16 +44,15 @@ class AccessLog:
     Args:
         path: The file, to whose end lines are added, or "-" for standard output.
 
-    Attributes:
-        dropped: Lines that were not written, because too many waited or the file took none.
-
     Raises:
         ConfigError: The file cannot be opened.
     """
 
     def __init__(self, path: str) -> None:
         self.path: str = path
-        self.dropped: int = 0
+        self._offered = 0  # lines; changed by the threads that call `write`
+        self._written = 0  # lines; changed by the thread that writes
+        self._torn = False  # the file ends with a part of a line
         self._file = _open(path)
         self._waiting: Queue[bytes | None] = Queue(MOST_WAITING)
         self._thread: threading.Thread | None = None
@@ -60,20 +62,20 @@ class AccessLog:
 
     def write(self, record: Served) -> None:
         """Add the line of *record*; a log that is closed drops it."""
+        self._offered += 1
         if self._closed:
-            self.dropped += 1
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="microbatch access log", daemon=True)
             self._thread.start()
         time = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        self._put(_encode(record.line(time)) + b"\n")
+        with suppress(Full):
+            self._waiting.put_nowait(_encode(record.line(time)) + b"\n")
 
-    def _put(self, line: bytes | None) -> None:
-        try:
-            self._waiting.put_nowait(line)
-        except Full:
-            self.dropped += 1
+    @property
+    def dropped(self) -> int:
+        """Lines that are not written: those that still wait, and those that never will be, as too many waited or the file took none."""
+        return self._offered - self._written
 
     async def aclose(self) -> None:
         """Write what waits, for at most 5 s, and close the file."""
@@ -113,27 +115,33 @@ class AccessLog:
             self._file = None
 
     def _write(self, lines: list[bytes]) -> None:
-        written = 0
+        begun = 0
         try:
             if self._file is None:
                 sys.stdout.write(b"".join(lines).decode())
                 sys.stdout.flush()
-                return
-            self._reopen_if_renamed()
-            while written < len(lines):
-                piece = _beginning(lines, written, self._at_once)
-                self._write_whole(b"".join(piece))
-                written += len(piece)
+                self._written += len(lines)
+            else:
+                self._reopen_if_renamed()
+                while begun < len(lines):
+                    piece = _beginning(lines, begun, self._at_once)
+                    begun += len(piece)
+                    self._write_whole(self._file, b"".join(piece))
+            self._failed = False
         except (OSError, ValueError, ConfigError) as error:  # ValueError: the stream is closed
-            self.dropped += len(lines) - written
-            if not self._failed:
+            if not self._failed:  # once for each time of trouble
                 self._failed = True
                 logger.warning("the access log cannot be written to %s: %s", self._name, error)
 
-    def _write_whole(self, text: bytes) -> None:
-        left = memoryview(text)
-        while left and self._file is not None:
-            left = left[os.write(self._file, left) :]
+    def _write_whole(self, file: int, text: bytes) -> None:
+        if self._torn:  # a full disk took a part of a line: the next one does not go on in it
+            os.write(file, b"\n")
+            self._torn = False
+        while text:
+            size = os.write(file, text)
+            done, text = text[:size], text[size:]
+            self._written += done.count(b"\n")
+            self._torn = not done.endswith(b"\n")
 
     def _reopen_if_renamed(self) -> None:
         if self.path == STDOUT or self._file is None:
@@ -146,11 +154,13 @@ class AccessLog:
         if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
             opened = _open(self.path)
             os.close(self._file)
-            self._file = opened
+            self._file, self._torn = opened, False
 
 
 def check_log(path: str) -> None:
-    """Raise `ConfigError` if there can be no access log at *path*."""
+    """Raise `ConfigError` if there can be no access log at *path*. A named pipe is not tried: closing it would end its reader."""
+    if Path(path).is_fifo():
+        return
     opened = _open(path)
     if opened is not None:
         os.close(opened)
@@ -179,6 +189,10 @@ def _open(path: str) -> int | None:
         except (OSError, ValueError):
             return None
     try:
-        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+        # Without O_NONBLOCK this would wait for ever for a reader of a named pipe.
+        opened = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o640)
     except OSError as error:
-        raise ConfigError(f"the access log {path} cannot be opened: {error.strerror}") from None
+        why = "nothing reads this pipe; start its reader first" if error.errno == errno.ENXIO else error.strerror
+        raise ConfigError(f"the access log {path} cannot be opened: {why}") from None
+    os.set_blocking(opened, True)
+    return opened

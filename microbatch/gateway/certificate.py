@@ -24,15 +24,21 @@ class Certificate:
 
     def __init__(self, certificate: str, key: str | None = None) -> None:
         self._files = (certificate, key)
-        self.context: ssl.SSLContext = self._loaded(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
-        self.context.set_alpn_protocols(["http/1.1"])
+        self.context: ssl.SSLContext = self._loaded()
+        self._latest = self.context
+        self.context.sni_callback = self._use_latest  # called for each connection, with a name or without
 
     def reload(self) -> None:
         """Read the files again, for connections that begin from now on; if that fails, raise and keep what was read before."""
-        self._loaded(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
-        self._loaded(self.context)
+        # A context of its own: one keeps a certificate for each type of key, and would go on using an old one of another type.
+        self._latest = self._loaded()
 
-    def _loaded(self, context: ssl.SSLContext) -> ssl.SSLContext:
+    def _use_latest(self, connection: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _first: ssl.SSLContext) -> None:
+        connection.context = self._latest
+
+    def _loaded(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.set_alpn_protocols(["http/1.1"])
         certificate, key = self._files
         for path in filter(None, self._files):
             try:

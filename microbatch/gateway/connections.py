@@ -175,7 +175,7 @@ class Connections:
             await asyncio.get_running_loop().connect_accepted_socket(
                 self._protocol, connection, ssl=context, ssl_handshake_timeout=self._handshake
             )
-        except (OSError, TimeoutError):
+        except OSError:  # TimeoutError, of the handshake, is one
             connection.close()
             if self.on_close is not None:
                 self.on_close()

@@ -62,8 +62,7 @@ class Cors:
         if not self._origins:
             return
         headers = response.headers
-        vary = headers.get("Vary")
-        headers["Vary"] = "Origin" if vary is None else f"{vary}, Origin"
+        headers["Vary"] = ", ".join([*headers.getall("Vary", []), "Origin"])
         origin = self._origin_of(request)
         if origin is None:
             return

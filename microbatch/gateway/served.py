@@ -91,9 +91,10 @@ class Served(msgspec.Struct, kw_only=True, eq=False):
             self.reported = isinstance(reason, RequestFailed)
 
     def disconnect(self) -> None:
-        """Note that the connection ended before the answer did."""
+        """Note that the connection ended before the answer did; a reason that is known stays."""
         if self.reason is None:
-            self.status, self.reason = _CLIENT_CLOSED_REQUEST, DISCONNECTED
+            self.reason = DISCONNECTED
+        self.status = self.status or _CLIENT_CLOSED_REQUEST
 
     def end(self, status: int) -> None:
         """Note the *status* of the answer that was given."""
@@ -194,5 +195,8 @@ def reason_of(error: Exception, code: object) -> str:
 
 
 def _plain(text: str | None) -> str | None:
-    """Return a foreign *text* without what looks like a key, and cut."""
-    return None if text is None else mask(text).encode(errors="replace").decode()[:_MOST_CHARS]
+    """Return a foreign *text* without what looks like a key and without control characters and line separators, and cut."""
+    if text is None:
+        return None
+    shown = mask(text)[:_MOST_CHARS]
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in shown)

@@ -9,8 +9,8 @@ import functools
 import logging
 import secrets
 from importlib import resources
-from typing import TYPE_CHECKING, Final
-from weakref import WeakKeyDictionary, ref
+from typing import TYPE_CHECKING, Final, NamedTuple
+from weakref import WeakSet, ref
 
 from microbatch.errors import ConfigError, StorageError
 from microbatch.storage.redis import RedisStore, is_about_reach, milliseconds
@@ -30,6 +30,18 @@ _TIMES: Final = tuple(map(milliseconds, (WINDOW, LEASE, GRACE, GAP, LICENCE)))
 _KEYS: Final = ("state", "members", "log", "amounts")
 
 
+class _Member(NamedTuple):
+    """A bucket, as the server knows it.
+
+    Attributes:
+        limit: Beginning of the keys of its limit.
+        identity: Distinguishes it from the other members of that limit.
+    """
+
+    limit: str
+    identity: str
+
+
 class LimitStore(RedisStore):
     """The limits that processes share by a Redis server.
 
@@ -40,9 +52,8 @@ class LimitStore(RedisStore):
     def __init__(self, url: str) -> None:
         super().__init__(url, prefix="microbatch:limit:", timeout=_TIMEOUT, max_connections=_CONNECTIONS)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._identity = ""  # of this process; made when it is first used, as a process may be forked before that
         self._tasks: dict[SharedBucket, asyncio.Task[None]] = {}
-        self._served: WeakKeyDictionary[SharedBucket, str] = WeakKeyDictionary()  # with the names
+        self._served: WeakSet[SharedBucket] = WeakSet()
         self._failing = self._closing = False
 
     async def open(self) -> None:
@@ -53,8 +64,7 @@ class LimitStore(RedisStore):
         """
         await super().open()
         self._loop = asyncio.get_running_loop()
-        self._tasks, self._served, self._closing = {}, WeakKeyDictionary(), False
-        self._identity = self._identity or secrets.token_hex(8)
+        self._tasks, self._served, self._closing = {}, WeakSet(), False
         try:
             await self._check()
         except BaseException:
@@ -90,7 +100,9 @@ class LimitStore(RedisStore):
             raise ConfigError("a RateLimit with a store serves one event loop at a time: make one for each loop")
         if bucket in self._served:
             return
-        self._served[bucket] = name
+        self._served.add(bucket)
+        # A member for each bucket and each opening: buckets number their reports, and a forked process has copies of them.
+        member = _Member(f"{self._prefix}{{{name}}}", secrets.token_hex(8))
         woken, reference = asyncio.Event(), ref(bucket)
 
         def wake() -> None:
@@ -98,34 +110,37 @@ class LimitStore(RedisStore):
             bucket = reference()
             if bucket is not None and bucket not in self._tasks and not self._closing:
                 # An empty context: not that of the caller that happens to be the first.
-                keeping = self._keep(bucket, name, woken)
+                keeping = self._keep(bucket, member, woken)
                 task = loop.create_task(keeping, name="microbatch limit", context=contextvars.Context())
                 self._tasks[bucket] = task
 
         bucket.wake = wake
 
-    async def _keep(self, bucket: SharedBucket, name: str, woken: asyncio.Event) -> None:
+    async def _keep(self, bucket: SharedBucket, member: _Member, woken: asyncio.Event) -> None:
         """Stay in contact until *bucket* is no longer used."""
         now = asyncio.get_running_loop().time
+        used = True
         try:
-            while not (self._closing or bucket.is_over(now())):
-                woken.clear()
-                await self._contact(bucket, bucket.order(now()), name)
-                bucket.notify()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(bucket.pause(now())):
-                        await woken.wait()
-            await self._leave(bucket, name)
+            while used:
+                while not (self._closing or bucket.is_over(now())):
+                    woken.clear()
+                    await self._contact(bucket, bucket.order(now()), member)
+                    bucket.notify()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(bucket.pause(now())):
+                            await woken.wait()
+                await self._leave(bucket, member)
+                used = not (self._closing or bucket.is_over(now()))  # a request may have come during the leave
         except Exception:
             logger.exception("contact with the store of the rate limit has ended because of a bug in microbatch")
         finally:
             self._tasks.pop(bucket, None)
 
-    async def _contact(self, bucket: SharedBucket, order: Order, name: str) -> None:
+    async def _contact(self, bucket: SharedBucket, order: Order, member: _Member) -> None:
         now = asyncio.get_running_loop().time
-        keys = [f"{self._prefix}{{{name}}}:{key}" for key in _KEYS]
+        keys = [f"{member.limit}:{key}" for key in _KEYS]
         try:
-            answer = await self._run_script(_script(), keys, [*_TIMES, self._identity, *order.arguments])
+            answer = await self._run_script(_script(), keys, [*_TIMES, member.identity, *order.arguments])
         except StorageError as error:
             bucket.failed(order, str(error), now())
             self._note(error)
@@ -157,9 +172,9 @@ class LimitStore(RedisStore):
             self._served.clear()
             await super().aclose()
 
-    async def _leave(self, bucket: SharedBucket, name: str) -> None:
+    async def _leave(self, bucket: SharedBucket, member: _Member) -> None:
         if bucket.is_member:
-            await self._contact(bucket, bucket.order(asyncio.get_running_loop().time(), leaving=True), name)
+            await self._contact(bucket, bucket.order(asyncio.get_running_loop().time(), leaving=True), member)
             bucket.leave()
 
 

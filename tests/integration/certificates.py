@@ -5,14 +5,16 @@ from __future__ import annotations
 import ssl
 import subprocess
 
+KINDS = {"ec": ("ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"), "rsa": ("rsa:2048",)}
 
-def make_certificate(folder, name="one", *, password=None):
-    """Return the paths of a certificate for localhost and of its key."""
+
+def make_certificate(folder, name="one", *, password=None, kind="ec"):
+    """Return the paths of a certificate for localhost and of its key, which is of a *kind*."""
     certificate, key = folder / f"{name}.crt", folder / f"{name}.key"
     secrecy = ["-noenc"] if password is None else ["-passout", f"pass:{password}"]
     subprocess.run(
         [
-            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-days", "2"),
+            *("openssl", "req", "-x509", "-newkey", *KINDS[kind], "-days", "2"),
             *("-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"),
             *("-keyout", key, "-out", certificate, *secrecy),
         ],

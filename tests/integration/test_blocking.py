@@ -163,6 +163,20 @@ def test_map_reads_no_further_than_it_may():
             threading.Event().wait(0.01)
 
 
+@pytest.mark.parametrize("taken", [0, 1, 500])
+def test_closing_ends_although_results_of_a_map_are_not_taken(taken):
+    batcher = blocking()
+    results = batcher.map([ask(f"word {n}") for n in range(2_000)], ordered=True)
+    first = [result.unwrap().output for result in itertools.islice(results, taken)]
+    closing = threading.Thread(target=batcher.close, daemon=True)
+    closing.start()
+    closing.join(20)
+    assert not closing.is_alive()
+    with pytest.raises(mb.BatcherClosed):
+        first.extend(result.reply.output for result in results if result.reply is not None)
+    assert first == [f"WORD {n}" for n in range(len(first))]
+
+
 def test_the_error_of_a_source_comes_after_the_results_of_what_was_read():
     def source():
         yield from (ask(f"word {n}") for n in range(10))
@@ -244,6 +258,19 @@ def test_a_fork_after_opening_is_an_error_in_the_child():
         print(os.waitstatus_to_exitcode(os.wait()[1]))
         print(batcher.submit(ask("parent")).output)
     """) == ["ONE", "7", "PARENT"]
+
+
+def test_a_child_that_was_forked_while_another_thread_closed_can_close():
+    assert run("""
+        import signal
+        batcher = blocking().open()
+        with batcher._lock:  # the lock that another thread held stays locked in the child
+            if os.fork() == 0:
+                signal.alarm(10)
+                batcher.close()
+                os._exit(7)
+            print(os.waitstatus_to_exitcode(os.wait()[1]))
+    """) == ["7"]
 
 
 def test_it_answers_what_waits_at_the_exit_of_the_process():

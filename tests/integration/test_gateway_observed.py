@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gzip
 import json
 import os
 import re
 import select
+import struct
+import subprocess
+import sys
+import termios
+import textwrap
 from datetime import UTC, datetime
 
 import pytest
@@ -31,7 +37,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import microbatch as mb
 from microbatch.gateway import Gateway
-from microbatch.gateway.access_log import AccessLog
+from microbatch.gateway.access_log import AccessLog, check_log
 from microbatch.gateway.served import Served
 
 KEY = "sk-someone-s-own-key"
@@ -433,6 +439,103 @@ async def test_a_pipe_that_is_not_read_delays_nothing_and_what_it_lacks_is_count
         assert "lacks" in caplog.text
     finally:
         os.close(reading)
+
+
+async def test_lines_that_wait_when_the_log_is_closed_are_counted_as_lost(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("microbatch.gateway.access_log._CLOSING_SECONDS", 0.1)
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        log = AccessLog(str(path))
+        record = Served(id="x" * 128, id_given=True, method="POST", path="/" + "x" * 300, began=0.0, status=200)
+        for _ in range(3_000):
+            log.write(record)
+        await log.aclose()
+        (size,) = struct.unpack("i", fcntl.ioctl(reading, termios.FIONREAD, b"\0" * 4))
+        there = os.read(reading, size).count(b"\n")
+        assert 0 < there < 3_000
+        assert f"lacks {3_000 - there} lines" in caplog.text
+    finally:
+        os.close(reading)
+
+
+async def test_a_pipe_without_a_reader_is_an_error_and_not_waited_for(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(mb.ConfigError, match="nothing reads"):
+        await asyncio.wait_for(asyncio.to_thread(AccessLog, str(path)), 10)
+    check_log(str(path))
+
+
+def test_a_check_does_not_end_the_reader_of_a_pipe(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_log(str(path))
+        polled = select.poll()
+        polled.register(reading, select.POLLHUP)
+        assert polled.poll(0) == []  # a pipe that had a writer and has none tells of its end
+    finally:
+        os.close(reading)
+
+
+def test_a_line_that_a_full_disk_cut_spoils_no_other(tmp_path):
+    path = tmp_path / "log"
+    program = """
+        import asyncio, logging, resource, signal, sys
+        from microbatch.gateway.access_log import AccessLog
+        from microbatch.gateway.served import Served
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        logging.basicConfig(stream=sys.stdout, format="%(message)s")
+        def limit(size):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        async def main():
+            log = AccessLog(sys.argv[1])
+            def write(number):
+                log.write(Served(id=f"{number}", id_given=True, method="POST", path="/", began=0.0, status=200))
+            async def written(condition):
+                while not condition():
+                    await asyncio.sleep(0.01)
+            write(0)
+            await written(lambda: log.dropped == 0)
+            for number in (1, 2):
+                limit(open(sys.argv[1], "rb").seek(0, 2) + 50)
+                write(number)
+                await written(lambda: log._failed)
+                limit(resource.RLIM_INFINITY)
+                write(f"after {number}")
+                await written(lambda: log.dropped == number)
+            await log.aclose()
+        asyncio.run(main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), path], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    assert done.stdout.count("cannot be written") == 2
+    assert "lacks 2 lines" in done.stdout
+    found = path.read_text("utf-8").splitlines()
+    whole = [json.loads(line)["id"] for line in found if line.endswith("}")]
+    assert whole == ["0", "after 1", "after 2"]
+    assert len(found) == 5
+
+
+@pytest.mark.parametrize("known", [None, "ServerError"])
+def test_a_connection_that_ends_has_the_status_499_whatever_else_went_wrong(known):
+    record = Served(id="x", id_given=True, method="POST", path="/", began=0.0)
+    if known is not None:
+        record.fail(known)
+    record.disconnect()
+    assert (record.status, record.reason) == (499, known or "disconnected")
+
+
+@pytest.mark.parametrize("char", ["\u2028", "\x85", "\x9b", "\n", "\u202e", "\udcff"], ids=ascii)
+def test_no_character_of_a_client_ends_or_disguises_a_line(char):
+    record = Served(id="x", id_given=True, method="POST", path=f"/a{char}b", model=f"é{char}", began=0.0, status=200)
+    line = record.line("now")
+    assert (line["path"], line["model"]) == ("/a\ufffdb", "é\ufffd")
 
 
 async def test_lines_go_to_a_pipe_in_pieces_that_no_other_process_can_tear(tmp_path, monkeypatch):

@@ -9,18 +9,21 @@ import os
 import pty
 import signal
 import socket
+import ssl
 import stat
 import sys
 import termios
 
 import pytest
-from aiohttp import ClientSession, ClientSSLError, TCPConnector, UnixConnector
+from aiohttp import ClientSession, ClientSSLError, TCPConnector, UnixConnector, web
+from aiohttp.test_utils import make_mocked_request
 from certificates import make_certificate, trusting
 from gateway_world import MODEL, PATIENCE, Watched, connection, error_in, gateway, post, recorder, serve, status, talk
 from helpers import ask, until
 
 import microbatch as mb
 from microbatch.cli.main import main
+from microbatch.gateway.cors import Cors
 from microbatch.gateway.place import Place
 
 NOWHERE = ("--upstream", "http://127.0.0.1:9/v1")
@@ -173,6 +176,22 @@ async def test_it_speaks_tls_and_reads_a_renewed_certificate_again(tmp_path):
             assert (await kept.get(address)).status == 200  # a connection that was open stays
 
 
+@pytest.mark.parametrize("kinds", [("ec", "rsa"), ("rsa", "ec")], ids="-".join)
+async def test_a_renewed_certificate_may_have_a_key_of_another_type(kinds, tmp_path):
+    (certificate, key), new = (make_certificate(tmp_path, kind, kind=kind) for kind in kinds)
+    async with Watched() as upstream, gateway(upstream, tls_cert=str(certificate), tls_key=str(key)) as served:
+        for target, source in zip((certificate, key), new, strict=True):
+            target.write_bytes(source.read_bytes())
+        served.reload()
+        for name in (None, "localhost"):  # without a name, as clients of an address, and with one
+            context = trusting()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            _, writer = await asyncio.open_connection("127.0.0.1", served.port, ssl=context, server_hostname=name or "")
+            shown = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+            writer.close()
+            assert ssl.DER_cert_to_PEM_cert(shown) == new[0].read_text()
+
+
 async def test_bytes_that_are_no_tls_end_their_connection_only(tmp_path):
     certificate, key = make_certificate(tmp_path)
     async with Watched() as upstream, gateway(upstream, tls_cert=str(certificate), tls_key=str(key)) as served:
@@ -223,6 +242,14 @@ async def test_no_other_page_may(origin):
             assert answer.headers["Vary"] == "Origin"
             found = {name for head in (headers, answer.headers) for name in head if name.startswith("Access-Control")}
     assert found == set()
+
+
+def test_all_that_an_answer_varies_by_is_kept():
+    request, response = make_mocked_request("GET", "/v1/models"), web.Response()
+    response.headers.add("Vary", "Accept")
+    response.headers.add("Vary", "Accept-Language")
+    Cors([PAGE]).mark(request, response)
+    assert response.headers.getall("Vary") == ["Accept, Accept-Language, Origin"]
 
 
 async def test_no_page_may_read_the_gateways_own_pages_and_without_origins_nothing_is_said():

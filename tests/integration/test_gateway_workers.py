@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -21,6 +22,10 @@ from worker_storm import storm
 import microbatch
 from microbatch.cli.main import main, make_parser
 from microbatch.cli.plan import read_rate_limit
+from microbatch.cli.workers.supervisor import FIRST_PAUSE, LONGEST_PAUSE, pause_after
+from microbatch.cli.workers.work import Work
+from microbatch.cli.workers.worker import CONNECTION
+from microbatch.gateway import Gateway
 from microbatch.testing import Latency
 
 pytestmark = pytest.mark.slow
@@ -343,6 +348,25 @@ async def test_workers_take_no_modules_from_the_current_directory(tmp_path):
         process.terminate()
         assert await process.wait() == 0
     assert not (tmp_path / "taken").exists()
+
+
+def test_pauses_before_another_start_grow_to_a_limit_and_never_fail():
+    pauses = [pause_after(failures) for failures in range(12)]
+    assert pauses[:3] == [0.0, FIRST_PAUSE, 2 * FIRST_PAUSE]
+    assert pauses == sorted(pauses)
+    assert {pauses[-1], pause_after(2_000), pause_after(10**9)} == {LONGEST_PAUSE}
+
+
+async def test_a_connection_that_is_lost_for_want_of_a_descriptor_is_said_to_have_ended():
+    messages, other = socket.socketpair()
+    theirs, door = socket.socketpair()
+    work = Work((messages, door), Gateway, workers=1, grace=1.0)
+    with messages, other, theirs, door:
+        door.setblocking(False)
+        theirs.send(CONNECTION)  # without the connection: the kernel drops what finds no descriptor
+        work._take_in()
+        theirs.settimeout(10)
+        assert theirs.recv(10) == CONNECTION
 
 
 async def test_a_taken_port_is_told():

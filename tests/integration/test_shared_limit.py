@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 import logging
 import signal
+import subprocess
+import sys
+import textwrap
 
 import pytest
 from fault_proxy import FaultProxy
@@ -15,6 +18,8 @@ from shared_limit import Endpoint, Fleet
 
 import microbatch as mb
 from microbatch.testing import Latency, Quota, ScriptedTransport, SimulatedEndpoint
+from microbatch.transports import shared_bucket
+from microbatch.transports.limit_store import LimitStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.promise(of="shared_limits")]
 
@@ -281,7 +286,56 @@ async def test_closing_while_the_server_hangs_ends(own_redis):
     assert not [task for task in asyncio.all_tasks() if task.get_name() == "microbatch limit"]
 
 
+async def test_a_request_that_comes_while_an_idle_process_takes_leave_is_answered(own_redis, monkeypatch):
+    leaving, leave = asyncio.Event(), LimitStore._leave
+
+    async def seen(*args):
+        leaving.set()
+        await leave(*args)
+
+    monkeypatch.setattr(LimitStore, "_leave", seen)
+    monkeypatch.setattr(shared_bucket, "LEAVE", 0.2)
+    async with batcher_on(own_redis.url) as batcher:
+        await batcher.submit(ask("a"))
+        own_redis.pause()
+        await asyncio.wait_for(leaving.wait(), 30)
+        late = asyncio.ensure_future(batcher.submit(ask("b")))
+        await asyncio.sleep(0.1)
+        own_redis.resume()
+        assert (await asyncio.wait_for(late, 30)).output
+
+
 # --- processes
+
+
+def test_processes_that_were_forked_with_a_limit_in_use_before_are_members_of_their_own(redis_server):
+    program = """
+        import asyncio, os, sys
+        import microbatch as mb
+        from microbatch.testing import SimulatedModel, SimulatedTransport
+        limit = mb.RateLimit(rpm=6_000, store=sys.argv[1])
+        async def use(number, then=lambda: None):
+            policy = mb.FlushPolicy(max_batch_size=1)
+            async with mb.Microbatcher(SimulatedTransport(SimulatedModel()), policy=policy, rate_limit=limit) as batcher:
+                await asyncio.gather(*(batcher.submit([{"role": "user", "content": f"{n}"}]) for n in range(number)))
+                await asyncio.to_thread(then)
+        asyncio.run(use(3))
+        for number in range(2):
+            if os.fork() == 0:
+                def hold():
+                    print("up", flush=True)
+                    sys.stdin.buffer.raw.read(1)
+                asyncio.run(use(10, hold))
+                os._exit(0)
+        print(*(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(2)))
+    """
+    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program), redis_server.url]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert [process.stdout.readline() for _ in range(2)] == ["up\n"] * 2
+        (members,) = kept(redis_server, "members").values()
+        assert len(members) == 2
+        assert process.communicate("xx", timeout=60)[0] == "0 0\n"
+    assert used(redis_server) == 23
 
 
 async def test_processes_that_come_go_and_are_killed_keep_the_limit_and_use_it(own_redis):

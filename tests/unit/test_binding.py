@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
+import pydantic
 import pytest
 from helpers import batcher_for
 
@@ -105,6 +106,18 @@ async def test_an_item_that_is_no_json_is_refused():
     async with batcher_for(echoing()) as batcher:
         with pytest.raises(mb.ConfigError, match="JSON"):
             await batcher.bind("Shout.")(object())
+
+
+async def test_a_record_that_cannot_be_written_is_an_error_of_its_own_item_only():
+    class Record(pydantic.BaseModel):
+        name: Any
+
+    async with batcher_for(echoing()) as batcher:
+        ask = batcher.bind("Shout.", template="{name}")
+        results = [result async for result in ask.map([Record(name="a"), Record(name=object()), Record(name="b")])]
+    assert [result.error is None for result in results] == [True, False, True]
+    with pytest.raises(mb.ConfigError, match="JSON"):
+        results[1].unwrap()
 
 
 def test_a_template_reaches_into_nested_records():

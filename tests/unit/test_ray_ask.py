@@ -120,6 +120,7 @@ async def test_the_key_is_in_no_argument(endpoint, monkeypatch):
         {"api_key": "sk-1"},
         {"headers": {"Authorization": "Bearer sk-1"}},
         {"transport": {"headers": {"x-api-key": "sk-1"}}},
+        {"transport": {"headers": {"x-api-key": "sk-1"}}, "headers": {"X-Team": "a"}},
     ):
         with pytest.raises(mb.ConfigError, match="api_key_env"):
             Ask("Shout.", **settings)

@@ -26,6 +26,7 @@ LONGEST_PAUSE: Final = 30.0
 """Longest time before a worker is started in place of one that has ended, in seconds; the first ones are shorter."""
 
 FIRST_PAUSE: Final = 0.5
+_MOST_DOUBLINGS: Final = 10
 STEADY: Final = 30.0
 """Seconds after which a worker that ends does not count as one that ends again and again."""
 
@@ -61,6 +62,7 @@ class Supervisor:
         self._socket_made: tuple[int, int] | None = None
         self._held: list[socket.socket] = []  # accepted, and not handed over yet
         self._accepting = False
+        self._refused: str | None = None  # why no connection could be accepted at the latest try
         self._workers: list[Worker] = []  # those that run
         self._team: list[Worker | None] = [None] * count  # those that take connections, or will
         self._past: Report | None = None
@@ -179,7 +181,7 @@ class Supervisor:
     async def _refill(self, number: int, told: str) -> None:
         """Start a worker in place of one that has ended, with growing pauses as long as that fails."""
         while not self._stopping:
-            pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (self._pauses - 1)) if self._pauses else 0.0
+            pause = pause_after(self._pauses)
             note(f"{told}; another one starts{f' in {pause:g} s' if pause else ''}.")
             await asyncio.sleep(pause)
             present = self._team[number]
@@ -282,8 +284,11 @@ class Supervisor:
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                note(f"microbatch serve: no connection can be accepted: {error.strerror}")
+                if error.strerror != self._refused:  # once, not at each try
+                    self._refused = error.strerror
+                    note(f"microbatch serve: no connection can be accepted: {error.strerror}")
                 break
+            self._refused = None
             connection.setblocking(False)
             if not self._hand_over(connection):
                 self._held.append(connection)
@@ -315,6 +320,14 @@ class WorkerFailed(UsageError):
     def __init__(self, status: int) -> None:
         super().__init__(f"a worker {_ended(status)} before it served")
         self.status = status
+
+
+def pause_after(failures: int) -> float:
+    """Return the seconds to wait before a worker is started, after so many have ended soon or could not be started."""
+    if not failures:
+        return 0.0
+    doublings = min(failures - 1, _MOST_DOUBLINGS)  # 2.0**1024 overflows
+    return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0**doublings)
 
 
 async def _update_reports(workers: Sequence[Worker]) -> None:

@@ -156,6 +156,8 @@ class Work:
                 asyncio.get_running_loop().remove_reader(self._door)
                 self._last.set()
                 return
+            if not given:  # there was no file descriptor left, and the connection is lost
+                self._note_closed()
             for number in given:
                 connection = socket.socket(fileno=number)
                 connection.setblocking(False)
