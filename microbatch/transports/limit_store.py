@@ -101,7 +101,9 @@ class LimitStore(RedisStore):
         if bucket in self._served:
             return
         self._served.add(bucket)
-        # A member for each bucket and each opening: buckets number their reports, and a forked process has copies of them.
+        # A member for each bucket and each opening: buckets number their reports, and a forked process has copies of them. What those
+        # hold was granted to the process that was forked.
+        bucket.leave()
         member = _Member(f"{self._prefix}{{{name}}}", secrets.token_hex(8))
         woken, reference = asyncio.Event(), ref(bucket)
 

@@ -305,6 +305,20 @@ async def test_a_request_that_comes_while_an_idle_process_takes_leave_is_answere
         assert (await asyncio.wait_for(late, 30)).output
 
 
+async def test_what_a_bucket_held_before_is_of_another_member(redis_server):
+    limit = mb.RateLimit(rpm=6_000, store=redis_server.url)
+    await limit.shared.open()
+    bucket = limit.bucket("key", now())
+    await limit.shared.aclose()
+    bucket._held = [5, 0]  # as in a process that was forked while requests were waiting
+    await limit.shared.open()
+    try:
+        assert limit.bucket("key", now()) is bucket
+        assert bucket.wait(0, now()) > 0
+    finally:
+        await limit.shared.aclose()
+
+
 # --- processes
 
 
