@@ -310,7 +310,7 @@ async def test_what_a_bucket_held_before_is_of_another_member(redis_server):
     await limit.shared.open()
     bucket = limit.bucket("key", now())
     await limit.shared.aclose()
-    bucket._held = [5, 0]  # as in a process that was forked while requests were waiting
+    bucket._held, bucket._epoch = [5, 0], "1-a"  # as in a process that was forked while requests were waiting
     await limit.shared.open()
     try:
         assert limit.bucket("key", now()) is bucket
