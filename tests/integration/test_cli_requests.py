@@ -346,6 +346,8 @@ def test_a_log_that_cannot_be_written_is_noticed_first(capsys):
             ("--base-url", "127.0.0.1:9/v1"),
             "--base-url must be an address such as https://api.openai.com/v1, beginning",
         ),
+        (("--base-url", "http://a..b/v1"), "--base-url must be an address such as https://api.openai.com/v1\n"),
+        (("--proxy", f"http://{'x' * 64}:80"), "--proxy must be an address such as http://localhost:3128\n"),
         (("--param", "stream=true"), "--param: stream: the command decides it itself"),
         (("--param", "messages=[]"), "--param: messages: the command decides it itself"),
     ],
