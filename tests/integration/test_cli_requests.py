@@ -328,6 +328,27 @@ def test_the_log_has_a_line_for_each_call_and_each_warning_and_no_text(capsys, q
     assert Path("log.txt").read_text().startswith(text), "it is appended to"
 
 
+@pytest.mark.parametrize("content", ["", "id,text\n"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "-o", "out.csv", "--simulate"),
+        ("run", "--dry-run", "--simulate"),
+        ("warm", "--cache", "c.sqlite", "--simulate"),
+        ("spool", "s.sqlite", "--put", "--model", "m"),
+    ],
+)
+def test_an_input_without_records_is_told_and_no_error(capsys, words, content):
+    Path("x.csv").write_text(content)
+    command, *rest = words
+    given = [*rest, "x.csv"] if "--put" not in rest else [*rest[:2], "x.csv", *rest[2:]]
+    for quiet in (() if command == "spool" else ("--quiet",), ()):
+        assert main([command, *given, "--template", "{text}", *quiet]) == 0
+        assert ("x.csv: no records.\n" in capsys.readouterr().err) is not bool(quiet)
+        for path in Path().glob("out.csv*"):
+            path.unlink()
+
+
 def test_a_log_that_cannot_be_written_is_noticed_first(capsys):
     products(1)
     with serving() as endpoint:
