@@ -69,4 +69,9 @@ def load(name: str) -> Benchmark:
     try:
         return importlib.import_module(f"bench.{name}")
     except ModuleNotFoundError as error:
-        raise SystemExit(f"bench: {error}; what it needs comes with: pip install -e '.[bench]'") from None
+        raise missing(error) from None
+
+
+def missing(error: ModuleNotFoundError) -> SystemExit:
+    """Return the end of the command for a package that is not installed."""
+    return SystemExit(f"bench: {error}; what it needs comes with: pip install -e '.[bench]'")

@@ -304,7 +304,11 @@ class PriceBook:
             remedy = "give prices= (the flag --prices)"
             if self._listed is None:
                 remedy += ", or install list prices: pip install 'microbatch[prices]'"
-            logger.warning("no price is known for model %r, so cost_usd is None for it and its like; %s", model, remedy)
+            logger.warning(
+                "no price is known for model %r: cost_usd is None for it, and for any other model without a price; %s",
+                model,
+                remedy,
+            )
 
     def _warn(self, model: str, what: str) -> None:
         # Once: a function that fails for one model usually fails for all. Its message may hold keys and is not logged.

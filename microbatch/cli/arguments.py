@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import types
@@ -90,7 +91,8 @@ def number(least: float, most: float | None = None, *, kind: type[float] = float
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a {noun}") from None
         if not least <= value < float("inf") or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"must be a {noun} of {bounds}, got {text}")
+            finite = "" if math.isfinite(value) else "finite "
+            raise argparse.ArgumentTypeError(f"must be a {finite}{noun} of {bounds}, got {text}")
         return value
 
     return read

@@ -26,7 +26,7 @@ from microbatch.cli.arguments import (
     read_settings,
     with_flags,
 )
-from microbatch.cli.console import UsageError
+from microbatch.cli.console import UsageError, remark
 from microbatch.cli.prices import read_prices
 from microbatch.cli.reading.examples import read_examples
 from microbatch.cli.reading.input import Input
@@ -113,7 +113,10 @@ def prepare(args: argparse.Namespace, *, draw: bool = True) -> tuple[Plan, Input
 def read_input(args: argparse.Namespace, paths: Sequence[str], questions: Questions, **selection: Any) -> Input:
     """Return the checked input in the files *paths*, read by the flags of `add_input`; *selection* are further arguments of `Input`."""
     how = {"id_field": args.id_field, "form": args.input_format, "encoding": args.encoding}
-    return Input(paths, questions, **how, on_empty=args.on_empty or "skip", **selection)
+    source = Input(paths, questions, **how, on_empty=args.on_empty or "skip", **selection)
+    if not source.items and not source.skipped:
+        remark(f"{source.label}: no records.")
+    return source
 
 
 def read_policy(args: argparse.Namespace) -> FlushPolicy:

@@ -27,6 +27,7 @@ from microbatch.cli import console
 from microbatch.cli.arguments import Group, add_flag, number
 from microbatch.cli.console import note, plural, report
 from microbatch.cli.stopping import Server, listening
+from microbatch.gateway.place import Place
 from microbatch.testing.endpoint import SimulatedEndpoint
 from microbatch.testing.faults import ElementKind, Faults, On, TextKind, WireKind
 from microbatch.testing.mistakes import Mistakes
@@ -139,8 +140,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace, endpoint: SimulatedEndpoint) -> int:
-    where, remedy = f"{args.host}:{args.port}", "choose another --port, or 0 for a free one"
-    async with listening(Server(where, remedy, endpoint.open, endpoint.aclose)) as stopped:
+    place = Place(host=args.host, port=args.port)
+    async with listening(Server(str(place), place.remedy, endpoint.open, endpoint.aclose)) as stopped:
         report(endpoint.base_url)
         note("A simulated endpoint listens there; any key and model name will do. Ctrl-C ends it. For example:")
         note(f"  microbatch run INPUT.jsonl -o OUTPUT.jsonl --base-url {endpoint.base_url} --model gpt-4.1-mini ...")

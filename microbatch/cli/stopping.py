@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from microbatch.cli.console import UsageError
 
@@ -108,7 +109,7 @@ class Server(NamedTuple):
 
     Attributes:
         where: The address for messages.
-        remedy: Advice if it cannot listen there.
+        remedy: Returns advice for the error with which it cannot listen there.
         start: Opens the server.
         aclose: Closes it.
         reload: Called after SIGHUP; None leaves that signal its usual effect.
@@ -116,11 +117,15 @@ class Server(NamedTuple):
     """
 
     where: str
-    remedy: str
+    remedy: Callable[[OSError], str]
     start: Callable[[], Awaitable[object]]
     aclose: Callable[[], Awaitable[None]]
     reload: Callable[[], Awaitable[None]] | None = None
     kill: Callable[[], None] | None = None
+
+
+_NO_NAME: Final = OSError(errno.EADDRNOTAVAIL, "this is no name of a host")
+"""In place of the UnicodeError of a name that cannot be encoded, such as "a..b" or one with a label of 64 letters."""
 
 
 @contextlib.asynccontextmanager
@@ -137,8 +142,10 @@ async def listening(server: Server) -> AsyncGenerator[asyncio.Event]:
             begun = signals.enter_context(at_hangup(server.reload, stopped.set))
         try:
             await server.start()
-        except OSError as error:
-            raise UsageError(f"cannot listen on {server.where}: {error.strerror}; {server.remedy}") from None
+        except (OSError, UnicodeError) as failure:
+            error = failure if isinstance(failure, OSError) else _NO_NAME
+            reason = f"cannot listen on {server.where}: {error.strerror or error}"
+            raise UsageError(f"{reason}; {server.remedy(error)}") from None
         try:
             if begun is not None:
                 begun.set()

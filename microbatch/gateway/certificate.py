@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import ssl
 from pathlib import Path
+from typing import Final
 
 from microbatch.errors import ConfigError
+
+_CERTIFICATE: Final = re.compile(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----")
+_KEY: Final = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----")
 
 
 class Certificate:
@@ -52,11 +57,21 @@ class Certificate:
         except ssl.SSLError as error:
             if error.reason == "KEY_VALUES_MISMATCH":
                 raise ConfigError(f"the TLS key {key or certificate} does not belong to the certificate") from None
-            where = certificate if key is None else f"{certificate} or {key}"
             raise ConfigError(
-                f"{where} holds no TLS certificate and key in PEM ({error.reason or 'unreadable'})"
+                _lack(certificate, key)
+                or f"the TLS files {certificate} and {key or certificate} cannot be used ({error.reason or 'damaged PEM'})"
             ) from None
         return context
+
+
+def _lack(certificate: str, key: str | None) -> str | None:
+    """Return what is missing in the files, None if each has what looks like it."""
+    if not _CERTIFICATE.search(Path(certificate).read_bytes()):
+        return f"the TLS file {certificate} holds no certificate in PEM"
+    if not _KEY.search(Path(key or certificate).read_bytes()):
+        remedy = "; give the file of the key as tls_key=" if key is None else ""
+        return f"the TLS file {key or certificate} holds no private key in PEM{remedy}"
+    return None
 
 
 class _EncryptedKeyError(Exception):

@@ -81,7 +81,7 @@ def _normal(origin: str) -> str:
     """Return *origin* in the form in which browsers send it."""
     text = origin.strip().lower()
     if not _ORIGIN.fullmatch(text):
-        reason = "* would allow any page there is" if text == "*" else "it has no path"
+        reason = "* would allow all pages" if text == "*" else "a scheme, a host and at most a port, without a path"
         raise ConfigError(
             f"the CORS origin {origin!r} must be exact, as https://app.example or http://localhost:3000 ({reason})"
         )

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 BACKLOG: Final = 1_024
 """Most connections of a socket that wait to be accepted; the system may have a lower limit."""
 
+_ABSENT: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+"""Errors of an address that this machine does not have."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -38,10 +41,14 @@ class Place:
         """Return the address for messages."""
         return self.uds if self.uds is not None else f"{self.host}:{self.port}"
 
-    @property
-    def remedy(self) -> str:
-        """Advice for one who cannot listen here."""
-        return "choose another --uds" if self.uds is not None else "choose another --port, or 0 for a free one"
+    def remedy(self, error: OSError) -> str:
+        """Return advice for a user who cannot listen here because of *error*."""
+        if self.uds is not None:
+            return "choose another --uds"
+        # asyncio gives no number if none of several addresses can be used.
+        if isinstance(error, socket.gaierror) or error.errno in {*_ABSENT, None}:
+            return "choose a --host that is an address of this machine, such as 127.0.0.1"
+        return "choose another --port, or 0 for a free one"
 
     def listen(self) -> list[socket.socket]:
         """Return sockets that listen here.
@@ -61,7 +68,7 @@ class Place:
                 sockets.append(_bound(family, kind, protocol, (address[0], port, *address[2:])))
             except OSError as error:
                 # A name may have an address of a family that this machine does not use.
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                if error.errno not in _ABSENT:
                     close_all(sockets)
                     raise
                 absent = error

@@ -13,7 +13,7 @@ _CLIENTS: Final = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey
 
 _NEARLY: Final = re.compile(r"(?:rediss?|valkeys?|unix):.*|[\w.-]+:\d{1,5}(?:/\d*)?", re.IGNORECASE)
 
-
+_DATABASE: Final = re.compile(r"\d*", re.ASCII)
 _OURS: Final = re.compile(r"(?:decode_responses|protocol)=")
 """Options in an address that would change how answers are read, which the stores rely on."""
 
@@ -32,7 +32,8 @@ def client_address(address: str) -> str:
     """Return *address* as the client takes it, without options that are the store's own decision.
 
     Raises:
-        ConfigError: It has no scheme, or one that is not taken. It is not quoted, as it may hold a password.
+        ConfigError: It has no scheme, or one that is not taken, or a path that is no database number. It is not quoted, as it may
+            hold a password.
     """
     found = _SCHEME.match(address)
     if found is None:
@@ -40,6 +41,12 @@ def client_address(address: str) -> str:
     scheme = found[1].lower()
     if scheme in _CLIENTS:
         server, _, options = address[found.end() :].partition("?")
+        # The client takes "/x" for database 0, and "/1/2" for 12.
+        if _CLIENTS[scheme] != "unix" and not _DATABASE.fullmatch(server.partition("/")[2]):
+            raise ConfigError(
+                "the address of Redis is malformed (the part after the host is no database number): "
+                "write redis://host:6379/0, and a / within a password as %2F"
+            )
         kept = "&".join(option for option in options.split("&") if option and not _OURS.match(option))
         return f"{_CLIENTS[scheme]}://{server}{kept and '?'}{kept}"
     if "sentinel" in scheme:

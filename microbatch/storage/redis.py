@@ -88,9 +88,9 @@ class RedisStore:
                 retry=None,
                 **self._limits(),
             )
-        except (ValueError, TypeError, AttributeError) as error:  # not quoted: addresses hold passwords
+        except (ValueError, TypeError, AttributeError):  # not quoted: addresses hold passwords
             raise ConfigError(
-                f"the address of Redis is malformed ({type(error).__name__}): write redis://host:6379/0"
+                "the address of Redis is malformed (its port or an option cannot be read): write redis://host:6379/0"
             ) from None
         return redis.Redis.from_pool(pool)
 

@@ -34,6 +34,7 @@ def checked_address(name: str, address: object, *, credentials: bool = False, ex
     try:
         parts = urlsplit(address)
         host, _port = parts.hostname, parts.port
+        (host or "").encode("idna")  # as resolvers are asked; names such as "a..b" cannot be
     except ValueError:
         raise ConfigError(problem) from None
     if parts.scheme not in ("http", "https") or not host:

@@ -156,7 +156,10 @@ class LimitStore(RedisStore):
     def _note(self, error: StorageError) -> None:
         if not self._failing:  # once for each outage
             self._failing = True
-            logger.warning("the store of the rate limit cannot be used, and permits are short without it: %s", error)
+            logger.warning(
+                "the store of the rate limit cannot be used; until it can, requests wait or are sent at a reduced rate: %s",
+                error,
+            )
 
     async def aclose(self) -> None:
         """Give back what was drawn and not used, and close the connections."""

@@ -171,8 +171,9 @@ class SharedBucket:
     def trouble(self) -> str | None:
         """See `Limiter`."""
         if self._failure is not None:
-            lost = "is lost" if self._epoch else "was never reached"
-            return f"the Redis server of the rate limit {lost}, and permits are short without it ({self._failure})"
+            lost = "cannot be used, and requests are sent at a reduced rate meanwhile"
+            never = "was never reached, and no request is sent before it is"
+            return f"the Redis server of the rate limit {lost if self._epoch else never} ({self._failure})"
         if self._alone_since is not None:
             return "after an outage the Redis server of the rate limit waits for the reports of the other processes"
         return None

@@ -328,6 +328,27 @@ def test_the_log_has_a_line_for_each_call_and_each_warning_and_no_text(capsys, q
     assert Path("log.txt").read_text().startswith(text), "it is appended to"
 
 
+@pytest.mark.parametrize("content", ["", "id,text\n"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "-o", "out.csv", "--simulate"),
+        ("run", "--dry-run", "--simulate"),
+        ("warm", "--cache", "c.sqlite", "--simulate"),
+        ("spool", "s.sqlite", "--put", "--model", "m"),
+    ],
+)
+def test_an_input_without_records_is_told_and_no_error(capsys, words, content):
+    Path("x.csv").write_text(content)
+    command, *rest = words
+    given = [*rest, "x.csv"] if "--put" not in rest else [*rest[:2], "x.csv", *rest[2:]]
+    for quiet in (() if command == "spool" else ("--quiet",), ()):
+        assert main([command, *given, "--template", "{text}", *quiet]) == 0
+        assert ("x.csv: no records.\n" in capsys.readouterr().err) is not bool(quiet)
+        for path in Path().glob("out.csv*"):
+            path.unlink()
+
+
 def test_a_log_that_cannot_be_written_is_noticed_first(capsys):
     products(1)
     with serving() as endpoint:
@@ -346,6 +367,8 @@ def test_a_log_that_cannot_be_written_is_noticed_first(capsys):
             ("--base-url", "127.0.0.1:9/v1"),
             "--base-url must be an address such as https://api.openai.com/v1, beginning",
         ),
+        (("--base-url", "http://a..b/v1"), "--base-url must be an address such as https://api.openai.com/v1\n"),
+        (("--proxy", f"http://{'x' * 64}:80"), "--proxy must be an address such as http://localhost:3128\n"),
         (("--param", "stream=true"), "--param: stream: the command decides it itself"),
         (("--param", "messages=[]"), "--param: messages: the command decides it itself"),
     ],

@@ -107,15 +107,21 @@ async def test_a_socket_of_another_gateway_that_took_the_name_is_not_removed(tmp
         (("--uds", "no/such/s"), "cannot listen on no/such/s: No such file or directory"),
         (("--uds", "x" * 120), "may have about 100 bytes"),
         (("--tls-cert", "none"), "the TLS file none cannot be read: No such file"),
-        (("--tls-cert", "file"), "file holds no TLS certificate and key in PEM"),
+        (("--tls-cert", "file"), "the TLS file file holds no certificate in PEM\n"),
         (("--tls-key", "file"), "--tls-key needs --tls-cert"),
         (("--tls-cert", "one.crt", "--tls-key", "two.key"), "the TLS key two.key does not belong to the certificate"),
-        (("--tls-cert", "one.crt"), "one.crt holds no TLS certificate and key"),
+        (
+            ("--tls-cert", "one.crt"),
+            "the TLS file one.crt holds no private key in PEM; give the file of the key as --tls-key\n",
+        ),
+        (("--tls-cert", "one.key", "--tls-key", "one.crt"), "the TLS file one.key holds no certificate in PEM\n"),
+        (("--tls-cert", "one.crt", "--tls-key", "file"), "the TLS file file holds no private key in PEM\n"),
+        (("--tls-cert", "torn.crt", "--tls-key", "one.key"), "the TLS files torn.crt and one.key cannot be used ("),
         (("--tls-cert", "locked.crt", "--tls-key", "locked.key"), "the TLS key locked.key is encrypted"),
         (("--cors-origin", "*"), "the CORS origin '*' must be exact"),
         (("--cors-origin", "null"), "the CORS origin 'null' must be exact"),
-        (("--cors-origin", "https://app.example/"), "(it has no path)"),
-        (("--cors-origin", "app.example"), "as https://app.example"),
+        (("--cors-origin", "https://app.example/"), "(a scheme, a host and at most a port, without a path)"),
+        (("--cors-origin", "app.example"), "(a scheme, a host and at most a port, without a path)"),
         (("--cors-origin", "http://x:70000"), "a port below 65,536"),
         (("--upstream-uds", ""), "--upstream-uds"),
     ],
@@ -125,8 +131,23 @@ def test_wrong_settings_are_told_at_the_start(words, told, tmp_path, monkeypatch
     (tmp_path / "file").write_text("x")
     for name, password in (("one", None), ("two", None), ("locked", "secret")):
         make_certificate(tmp_path, name, password=password)
+    (tmp_path / "torn.crt").write_bytes((tmp_path / "one.crt").read_bytes()[:200])
     assert main(["serve", "--port", "0", *NOWHERE, *words]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("serve", *NOWHERE), ("serve", *NOWHERE, "--workers", "2"), ("simulate",)])
+@pytest.mark.parametrize(
+    ("host", "taken"),
+    [("192.0.2.1", False), ("::1::1", False), ("x" * 70, False), ("a..b", False), ("127.0.0.1", True)],
+)
+def test_the_advice_is_about_that_which_is_wrong(command, host, taken, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        assert main([*command, "--host", host, "--port", str(port)]) == 2
+    told = capsys.readouterr().err
+    assert f"cannot listen on {host}:{port}: " in told
+    assert ("choose another --port" in told, "choose a --host" in told) == (taken, not taken)
 
 
 def test_a_mode_is_three_octal_digits(capsys):

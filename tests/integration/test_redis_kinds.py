@@ -235,6 +235,8 @@ async def test_valkeys_scheme_is_that_of_redis(redis_server):
         assert await cache.get_many([b"k"]) == [b"v"]
     assert client_address("valkeys://u:p@h:1/2?a=b") == "rediss://u:p@h:1/2?a=b"
     assert client_address("Unix:///run/redis.sock") == "unix:///run/redis.sock"
+    for place in ("h", "h/", "h:1/15", "h:1/?db=3", "[::1]:1/0"):
+        assert client_address(f"redis://{place}") == f"redis://{place}"
 
 
 @pytest.mark.parametrize("option", ["decode_responses=true", "protocol=3", "protocol=3&health_check_interval=1"])
@@ -253,6 +255,12 @@ async def test_options_of_an_address_change_no_answers(redis_server, cluster, op
         ("redis+cluster://h", "the address of any node"),
         ("memcached://canary@h", r"unknown scheme memcached://.*redis://, rediss://, unix://"),
         ("127.0.0.1:6379", "no scheme"),
+        ("redis://h:1/canary", "no database number.*redis://host:6379/0"),
+        ("rediss://u:canary@h:1/1/2", "no database number"),
+        ("valkey://h/-1", "no database number"),
+        ("redis://:a/canary@h:1/0", "a / within a password as %2F"),
+        ("redis://u:canary@h:port/0", "its port or an option cannot be read"),
+        ("redis://u:canary@h:1?db=x", "its port or an option cannot be read"),
     ],
 )
 @pytest.mark.parametrize("store", [RedisCache, RedisSpool])

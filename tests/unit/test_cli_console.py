@@ -105,6 +105,20 @@ def test_a_setting_out_of_range_is_named_by_its_flag(words, message):
 
 
 @pytest.mark.parametrize(
+    ("flag", "text", "message"),
+    [
+        ("--max-cost", "1e999", "must be a finite number of at least 0, got 1e999"),
+        ("--temperature", "nan", "must be a finite number of"),
+        ("--max-cost", "-1", "must be a number of at least 0, got -1"),
+    ],
+)
+def test_a_number_out_of_the_range_of_floats_is_refused_for_that(flag, text, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "in", "-o", "out", flag, text])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "words",
     [
         ["run", "in", "-o", "out", "--idle", "never"],

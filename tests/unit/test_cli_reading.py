@@ -114,7 +114,7 @@ def test_a_line_without_an_id_never_takes_that_of_another(given):
     ],
 )
 def test_a_repeated_id_is_an_error_that_names_both_lines(given, lines, numbers):
-    with pytest.raises(UsageError, match=rf"in\.jsonl: lines {numbers} have the same id"):
+    with pytest.raises(UsageError, match=rf"in\.jsonl: lines {numbers} have the same id .*--id-field"):
         given(*lines)
 
 

@@ -218,7 +218,7 @@ class Input:
         places = f"{first} and {place} have"
         if first.file == place.file:
             places = f"{place.file}: {place.noun}s {first.number} and {place.number} have"
-        raise UsageError(f"{places} the same id {name!r}; ids must differ, or answers could not be told apart")
+        raise UsageError(f"{places} the same id {name!r}; ids must differ; --id-field names another field")
 
     # --- reading
 
