@@ -13,7 +13,7 @@ _CLIENTS: Final = {"redis": "redis", "rediss": "rediss", "unix": "unix", "valkey
 
 _NEARLY: Final = re.compile(r"(?:rediss?|valkeys?|unix):.*|[\w.-]+:\d{1,5}(?:/\d*)?", re.IGNORECASE)
 
-_DATABASE: Final = re.compile(r"\d*", re.ASCII)
+_DATABASE: Final = re.compile(r"\d*/?", re.ASCII)
 _OURS: Final = re.compile(r"(?:decode_responses|protocol)=")
 """Options in an address that would change how answers are read, which the stores rely on."""
 
