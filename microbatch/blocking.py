@@ -8,7 +8,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Iterator
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, Self, TypeVar, cast
@@ -21,7 +21,7 @@ from microbatch.client import Microbatcher
 from microbatch.errors import BatcherClosed, ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
     from concurrent.futures import Future
     from contextlib import AbstractContextManager
     from types import TracebackType
@@ -151,6 +151,11 @@ class BlockingMicrobatcher:
     def embed(self, text: str, **options: Any) -> Embedding:
         """Return the vector of *text*; see `Microbatcher.embed`."""
         return self.call(self._batcher.embed, text, **options)
+
+    def embed_many(self, texts: Iterable[str], **options: Any) -> list[Embedding]:
+        """Return the vectors of *texts*, in their order; see `Microbatcher.embed_many`. An iterator is read to its end first."""
+        given = tuple(texts) if isinstance(texts, Iterator) else texts  # read in this thread, which may wait for it
+        return self.call(self._batcher.embed_many, given, **options)
 
     def enqueue(self, messages: Messages, **options: Any) -> str:
         """Hand a request to the spool, and return its id; see `Microbatcher.enqueue`."""

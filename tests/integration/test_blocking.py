@@ -224,6 +224,22 @@ def test_requests_are_spooled_and_read(tmp_path):
             batcher.result("one", timeout=0)
 
 
+def test_texts_are_embedded_and_an_iterator_of_them_is_read_by_the_caller():
+    read_by = []
+
+    def texts():
+        for text in ("apple", "pear", "plum"):
+            read_by.append(threading.current_thread())
+            yield text
+
+    with blocking() as batcher:
+        vectors = [each.vector for each in batcher.embed_many(texts())]
+        assert vectors == [batcher.embed(text).vector for text in ("apple", "pear", "plum")]
+        assert {*read_by} == {threading.current_thread()}
+        with pytest.raises(mb.ConfigError):
+            batcher.embed_many("apple")
+
+
 # --- processes
 
 
