@@ -269,7 +269,7 @@ def add_connection(group: Group, key: str, *, uds: str = "--uds") -> None:
     add_flag(group, "--query NAME=VALUE", query, action="append", default=[], type=_pair)
     form = "how a form of the answers is asked for (default: by a schema, and from then on as the endpoint takes it)"
     add_flag(group, "--structured FORM", form, choices=get_args(Structured))
-    add_flag(group, "--embedding-model NAME", "the model of embeddings; requests of clients may name their own")
+    add_flag(group, "--embedding-model NAME", "the model of embeddings, unless a request names its own")
     options = "fields of stream_options beside include_usage, as a JSON object; false sends none"
     add_flag(group, "--stream-options JSON", options, type=_json)
     add_flag(
