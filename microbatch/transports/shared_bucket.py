@@ -132,7 +132,7 @@ class SharedBucket:
         self._tokens = 0.0  # of a usual request
         self._ahead = 0  # requests for which to draw beyond those that wait
         self._dry_until = 0.0
-        # What the endpoint has counted, what was known to be used when the request was granted, and for how long it counts.
+        # The count of the endpoint, the use that was known when the request was granted, and the seconds for which the count holds.
         self._endpoint: list[tuple[float, float, float] | None] = [None, None]
         self._newest = float("-inf")  # time of the grant whose reply reported it
         self.leave()

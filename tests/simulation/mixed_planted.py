@@ -141,7 +141,7 @@ def slot_kept_by_an_audit():
 
 
 def asked_twice_as_often():
-    """What asks for an answer again asks twice each time."""
+    """Each answer that is asked for again is asked for twice."""
 
     def twice(ask_again):
         async def wrapper(*args, **options):
