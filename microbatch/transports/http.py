@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import os
 import re
 import socket
@@ -196,6 +197,36 @@ async def requested(session: aiohttp.ClientSession, method: str, url: str, **opt
         if not use.reused or now() - begun > STALE_WITHIN:
             raise
     raise StaleConnection
+
+
+def end_with_connection(response: aiohttp.ClientResponse) -> None:
+    """Have the body of *response* end with an error when its connection ends before it.
+
+    aiohttp drops a body at a fault in its chunks, and closes the connection; without this, its reader would wait on.
+    """
+    protocol = None if response.connection is None else response.connection.protocol
+    closed = None if protocol is None else protocol.closed
+    if closed is None:
+        return
+    content = response.content
+
+    def end(_: asyncio.Future[None]) -> None:
+        if not content.is_eof() and content.exception() is None:
+            content.set_exception(aiohttp.ClientPayloadError("the connection ended"))
+
+    def leave() -> None:
+        closed.remove_done_callback(end)  # the connection may serve many more
+
+    closed.remove_done_callback(_retrieve)
+    closed.add_done_callback(_retrieve, context=contextvars.Context())
+    closed.add_done_callback(end)
+    content.on_eof(leave)
+
+
+def _retrieve(closed: asyncio.Future[None]) -> None:
+    """Mark the error of *closed* as seen, as no one else awaits it."""
+    if not closed.cancelled():
+        closed.exception()
 
 
 _NEVER_CONNECTED: Final = (

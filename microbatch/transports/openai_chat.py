@@ -40,7 +40,7 @@ from microbatch.transports.credentials import (
 )
 from microbatch.transports.embeddings import EmbeddingAttempt, Encodings
 from microbatch.transports.embeddings import request_body as embeddings_body
-from microbatch.transports.http import FRAMING, Clock, checked, merged, requested, timed, without
+from microbatch.transports.http import FRAMING, Clock, checked, end_with_connection, merged, requested, timed, without
 from microbatch.transports.relay import Forwarded, asks_for_stream
 
 if TYPE_CHECKING:
@@ -419,6 +419,7 @@ class OpenAIChat:
             skip_auto_headers=_AUTOMATIC if relay else (),
         )
         self._responses.add(response)
+        end_with_connection(response)
         return response
 
 

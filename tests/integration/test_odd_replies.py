@@ -10,7 +10,7 @@ from helpers import ask
 from odd_endpoint import Asked, answered, chunk, events, odd_endpoint, reply, streamed, whole
 
 import microbatch as mb
-from microbatch.errors import ServerError, TransportTimeout, TruncatedReply
+from microbatch.errors import ConnectFailed, ServerError, TransportTimeout, TruncatedReply
 from microbatch.protocols import ChatCall, Completion
 
 pytestmark = pytest.mark.slow  # real sockets and real time
@@ -457,3 +457,26 @@ async def test_a_relayed_stream_may_be_silent_before_its_first_bytes() -> None:
         async with chat.forward("POST", "/chat/completions", {}, b"{}") as relayed:
             assert [piece async for piece in relayed] == [b"x"]
         await chat.aclose()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_fault_in_the_framing_of_a_body_ends_its_attempt(stream: bool) -> None:
+    *begun, _, _ = (
+        events(chunk("a"))
+        if stream
+        else [b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n{\r\n", b"", b""]
+    )
+    with pytest.raises(ConnectFailed, match="in the middle"):
+        await send(lambda _: [*begun, 0.2, b"no length\r\n", FOR_EVER], stream=stream)
+
+
+async def test_a_fault_in_the_framing_of_a_relayed_body_ends_it() -> None:
+    head = b"HTTP/1.1 200 X\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with odd_endpoint(lambda _: [head, b"1\r\na\r\n", 0.2, b"no length\r\n", FOR_EVER]) as endpoint:
+        chat = mb.OpenAIChat("m", base_url=endpoint.url)
+        try:
+            async with asyncio.timeout(PATIENCE), chat.forward("POST", "/files", {}, b"{}") as answer:
+                with pytest.raises(ConnectFailed, match="in the middle"):
+                    assert [piece async for piece in answer] == [b"a"]
+        finally:
+            await chat.aclose()
