@@ -109,11 +109,12 @@ def _json_object(raw: bytes) -> tuple[dict[str, Any], bool]:
     """Return the object in *raw*, and whether all of its values can be kept."""
     readable = True
     try:
-        body = msgspec.json.decode(raw)
-    except msgspec.ValidationError:
-        # A number beyond the range of floats, which only the endpoint can judge.
-        body, readable = decode(raw, number=float), False
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        try:
+            body = msgspec.json.decode(raw)
+        except msgspec.ValidationError:
+            # A number beyond the range of floats, which only the endpoint can judge.
+            body, readable = decode(raw, number=float), False
+    except (msgspec.DecodeError, ValueError, RecursionError):
         raise GatewayError(400, f"The body is no JSON: {json_fault(raw)}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise GatewayError(

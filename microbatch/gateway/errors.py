@@ -46,6 +46,8 @@ _SHOWN: Final[Sequence[tuple[type[MicrobatchError], int, str]]] = (
 
 _ERRORS: Final = range(400, 600)
 NOT_FOUND: Final = 404
+_LONGEST_WAIT: Final = 2.0**31 - 1
+"""Seconds: the longest wait that is named, within the range of what clients read."""
 
 _SETTINGS: Final = [
     field.name for kind in (FlushPolicy, GatewaySettings) for field in fields_of(kind) if "_" in field.name
@@ -170,8 +172,9 @@ def _from_status(error: StatusError) -> GatewayError:
     if error.request_id is not None:
         headers["x-request-id"] = error.request_id
     if error.retry_after is not None:
-        headers["Retry-After"] = str(math.ceil(error.retry_after))
-        headers["retry-after-ms"] = str(math.ceil(error.retry_after * 1000))
+        wait = min(error.retry_after, _LONGEST_WAIT)
+        headers["Retry-After"] = str(math.ceil(wait))
+        headers["retry-after-ms"] = str(math.ceil(wait * 1000))
     return GatewayError(
         # A redirect, and an error in a 200, mean nothing to the client.
         error.status if error.status in _ERRORS else 502,

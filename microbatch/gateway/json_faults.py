@@ -25,7 +25,7 @@ def json_fault(raw: bytes) -> str:
         return f"at byte {error.start} is no UTF-8" + (", but half of a surrogate pair" if surrogate else "")
     found, cause = len(text), ""
     try:
-        json.loads(text)
+        json.loads(text, parse_int=float)  # int() refuses thousands of digits
     except json.JSONDecodeError as error:
         found, cause = error.pos, f": {error.msg.removesuffix(' at')}"
     except RecursionError:

@@ -13,6 +13,7 @@ from microbatch.errors import ConfigError, DeadlineExceeded, TransportError
 from microbatch.transports.credentials import is_credential
 from microbatch.transports.error_parsing import has_failed, read_failure, to_error
 from microbatch.transports.lenient import as_object, decode_body
+from microbatch.transports.response_headers import request_id
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
@@ -54,7 +55,7 @@ async def ask_json(
     """
     encoded, sent = encoded_body(body), sent_headers("application/json", headers)
     async with limited(timeout), batcher.forward("POST", path, sent, encoded, **options) as response:
-        return await _object_in(response, secrets_of(sent)), response.headers.get("x-request-id")
+        return await _object_in(response, secrets_of(sent)), request_id(response.headers)
 
 
 async def _object_in(response: Forwarded, secrets: list[str]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from microbatch.transports.chat_wire import completion_object
 from microbatch.transports.error_parsing import Fault
 from microbatch.transports.exchange import MAX_ERROR_BYTES, Exchange
 from microbatch.transports.http import Pacer, guarded, read_all
+from microbatch.transports.lenient import is_json
 from microbatch.transports.reply_reader import ReplyReader
-from microbatch.transports.response_headers import read_limits
+from microbatch.transports.response_headers import read_limits, request_id
 from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Attempt(Exchange):
         if failure is not None and not self._reader.complete:
             raise failure
         headers = self._response.headers
-        completion = self._reader.completion(headers.get("x-request-id"), read_limits(headers))
+        completion = self._reader.completion(request_id(headers), read_limits(headers))
         completion.bound = self.plan.bound
         if completion.body is None and (calls := self._reader.calls.joined()):
             reason, members = completion.finish_reason or "tool_calls", {"tool_calls": calls}
@@ -122,7 +123,8 @@ class Attempt(Exchange):
             if isinstance(text, Fault):
                 self._deliver("".join(texts))
                 self._refuse(text)
-            if self.on_event is not None and not torso and not reader.done and data.lstrip()[:1] == b"{":
+            is_for_caller = not reader.done and data.lstrip()[:1] == b"{" and (not torso or is_json(data))
+            if self.on_event is not None and is_for_caller:
                 self.on_event(data)
                 self.on_text("")  # it cannot be taken back, as a text cannot
             if text:

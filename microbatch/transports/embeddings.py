@@ -21,7 +21,7 @@ from microbatch.transports.embedding_reply import EmbeddingReader
 from microbatch.transports.exchange import MAX_ERROR_BYTES, Exchange
 from microbatch.transports.field_refusals import STATUSES, refuses_encoding
 from microbatch.transports.http import read_into
-from microbatch.transports.response_headers import read_limits
+from microbatch.transports.response_headers import read_limits, request_id
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Sequence
@@ -170,7 +170,7 @@ class EmbeddingAttempt(Exchange):
             finish_reason="stop",
             usage=reader.usage,
             model=reader.model,
-            request_id=headers.get("x-request-id"),
+            request_id=request_id(headers),
             limits=read_limits(headers),
         )
 

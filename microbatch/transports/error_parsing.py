@@ -32,7 +32,7 @@ from microbatch.errors import (
 from microbatch.transports.bound_refusals import messages_in, words_of
 from microbatch.transports.error_text import prompt_of, shown
 from microbatch.transports.lenient import as_object, decode_body, first_of, is_array
-from microbatch.transports.response_headers import read_limits, retry_after, stated_wait
+from microbatch.transports.response_headers import read_limits, request_id, retry_after, stated_wait
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -378,7 +378,7 @@ def to_error(
         status=fault.status,
         code=code,
         param=param,
-        request_id=headers.get("x-request-id"),
+        request_id=request_id(headers),
         retry_after=wait,
         should_retry=None if final else _SHOULD_RETRY.get(headers.get("x-should-retry", "").lower()),
         limits=read_limits(headers),
@@ -394,7 +394,7 @@ def unanswered(
     return (Filtered if blocked else ServerError)(
         f"{where} answered with status 200, but {problem}{cause}",
         status=200,
-        request_id=headers.get("x-request-id"),
+        request_id=request_id(headers),
         body=_masked(raw, secrets),
         limits=read_limits(headers),
     )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, Final, TypeGuard, TypeVar, cast
 
 import msgspec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+T = TypeVar("T")
 
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _UNREADABLE: Final = (ValueError, RecursionError)
@@ -41,16 +43,34 @@ def first_of(value: Any) -> Any:
 def decode(data: bytes, *, number: Callable[[str], float | str] = str) -> Any:
     """Return the JSON value of *data*, whose strings may contain halves of surrogate pairs; raise ValueError if there is none.
 
-    *number* reads what has a decimal point or an exponent, which stays as it was written otherwise.
+    *number* reads what has a decimal point, an exponent or too many digits, which stays as it was written otherwise.
     """
     try:
         text = data.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
         text = data.decode("utf-8", "replace")
+
+    def whole(digits: str) -> int | float | str:
+        try:
+            return int(digits)
+        except ValueError:  # more digits than Python converts
+            return number(digits)
+
     try:
-        return json.loads(text.removeprefix("\ufeff"), parse_float=number, parse_constant=str, strict=False)
+        return json.loads(
+            text.removeprefix("\ufeff"), parse_float=number, parse_int=whole, parse_constant=str, strict=False
+        )
     except _UNREADABLE as error:
         raise ValueError(type(error).__name__) from None  # the error holds the text
+
+
+def is_json(data: bytes) -> bool:
+    """Return whether *data* is a whole JSON value."""
+    try:
+        decode(data)
+    except ValueError:
+        return False
+    return True
 
 
 def decode_body(data: bytes) -> Any:
@@ -58,8 +78,15 @@ def decode_body(data: bytes) -> Any:
     try:
         return msgspec.json.decode(data)
     except (msgspec.DecodeError, *_UNREADABLE):
-        text = json.dumps(decode(data, number=float), ensure_ascii=False)
-        return json.loads(text.encode(_UTF_16, "surrogatepass").decode(_UTF_16, "replace"))
+        return sound(decode(data, number=float))
+
+
+def sound(value: T) -> T:
+    """Return a JSON value with strings that can be encoded as UTF-8: halves of pairs are joined, unpaired ones become U+FFFD."""
+    text = json.dumps(value, ensure_ascii=False)
+    if text.isascii() or _SURROGATE.search(text) is None:
+        return value
+    return cast("T", json.loads(text.encode(_UTF_16, "surrogatepass").decode(_UTF_16, "replace")))
 
 
 class Joiner:

@@ -13,7 +13,7 @@ import msgspec
 
 from microbatch.protocols import Completion
 from microbatch.transports.error_parsing import Fault, read_fault
-from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array
+from microbatch.transports.lenient import Joiner, as_object, decode, decode_body, is_array, sound
 from microbatch.transports.reply_fields import read_finish, read_tier, read_usage, total_usage
 from microbatch.transports.tool_calls import ToolCalls
 
@@ -27,6 +27,11 @@ GAP: Final = "\0"  # takes the place of an event that could not be read
 _KEEP_ALIVES: Final = frozenset({b"", b"ping", b"keepalive", b"heartbeat"})
 _AROUND_WORDS: Final = b" \t-_:[]()"
 _THINKING: Final = ("think", "thought", "reason")
+
+
+def is_keep_alive(data: bytes) -> bool:
+    """Return whether the *data* of an event, which is no JSON, only keeps the connection alive."""
+    return data.lower().translate(None, _AROUND_WORDS) in _KEEP_ALIVES
 
 
 class _Text(msgspec.Struct):
@@ -124,7 +129,7 @@ class ReplyReader:
             fault = read_fault(data, 200)
             if fault is not None:
                 return fault
-            if torso or self.complete or data.lower().translate(None, _AROUND_WORDS) in _KEEP_ALIVES:
+            if torso or self.complete or is_keep_alive(data):
                 return ""
             self._completion.damaged = True
             return self._joiner.rest() + GAP
@@ -157,7 +162,7 @@ class ReplyReader:
             finish = self._ending
         completion.finish_reason = None if finish == "broken" else finish
         completion.usage = total_usage(self._reports)
-        completion.refusal = "".join(self._refusal) or None
+        completion.refusal = sound("".join(self._refusal)) or None
         completion.request_id = request_id
         completion.limits = limits
         completion.thought = self.thought
@@ -176,7 +181,7 @@ class ReplyReader:
                 return fault
         self.spoke = True
         if isinstance(reply.model, str) and reply.model:
-            self._completion.model = reply.model
+            self._completion.model = sound(reply.model)
         tier = read_tier(reply.service_tier, reply.usage)
         if tier is not None:
             self._completion.service_tier = tier

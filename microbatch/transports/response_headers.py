@@ -70,7 +70,7 @@ def stated_wait(body: bytes) -> float | None:
         return None
     wait, unit = duration(found["wait"].decode().rstrip(".")), (found["unit"] or b"").decode().lower()
     scale = next((seconds for name, seconds in _UNITS.items() if unit.startswith(name)), 1.0)
-    return None if wait is None else wait * scale
+    return None if wait is None else _finite(wait * scale)
 
 
 def duration(value: str | None) -> float | None:
@@ -78,8 +78,14 @@ def duration(value: str | None) -> float | None:
     text = (value or "").strip()
     parts = _DURATION.findall(text)
     if parts and "".join(amount + unit for amount, unit in parts) == text:
-        return sum(float(amount) * _SECONDS[unit] for amount, unit in parts)
+        return _finite(sum(float(amount) * _SECONDS[unit] for amount, unit in parts))
     return _number(text)
+
+
+def request_id(headers: Mapping[str, str]) -> str | None:
+    """Return the endpoint's id of a call, or None; bytes that are no UTF-8 become U+FFFD, as the id is stored and written."""
+    value = headers.get("x-request-id")
+    return None if value is None else value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _until(value: str | None, date: str | None) -> float | None:
@@ -107,4 +113,8 @@ def _number(value: str | None) -> float | None:
         read = float(value or "")
     except ValueError:
         return None
-    return read if math.isfinite(read) and read >= 0 else None
+    return _finite(read) if read >= 0 else None
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

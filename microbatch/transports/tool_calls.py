@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from microbatch.transports.lenient import as_object, is_array
+from microbatch.transports.lenient import as_object, is_array, sound
 
 
 class ToolCalls:
@@ -30,7 +30,9 @@ class ToolCalls:
 
     def joined(self) -> list[dict[str, Any]]:
         """Return the calls as a whole message has them."""
-        return [
-            {**call, "function": {**call["function"], "arguments": "".join(self._arguments.get(index, ()))}}
-            for index, call in sorted(self._calls.items())
-        ]
+        return sound(
+            [
+                {**call, "function": {**call["function"], "arguments": "".join(self._arguments.get(index, ()))}}
+                for index, call in sorted(self._calls.items())
+            ]
+        )

@@ -68,3 +68,28 @@ def test_a_deeply_nested_body_is_read_or_is_no_json(depth: int) -> None:
         assert decode_body(body)
     except ValueError:
         assert depth == 100_000
+
+
+DIGITS = b"9" * 5000  # more than Python converts
+
+
+@pytest.mark.parametrize(
+    "beside", [b'"created":' + DIGITS, b'"usage":{"prompt_tokens":' + DIGITS + b"}", b'"x":[-' + DIGITS + b"]"]
+)
+def test_a_number_of_any_length_beside_the_text_is_no_harm(beside: bytes) -> None:
+    reader = ReplyReader()
+    assert reader.whole(b'{"choices":[{"message":{"content":"a"},"finish_reason":"stop"}],' + beside + b"}") == "a"
+    body = reader.completion(None).body
+    assert body is not None
+    assert body["choices"][0]["message"]["content"] == "a"
+
+
+def test_what_is_beside_the_text_can_be_encoded_too() -> None:
+    reader = ReplyReader()
+    for event in (
+        b'{"model":"m\\ud83d","choices":[{"delta":{"refusal":"no \\ud83d"}}]}',
+        b'{"choices":[{"delta":{"refusal":"\\ude00 \\ud83d"},"finish_reason":"stop"}]}',
+    ):
+        assert reader.event(event) == ""
+    completion = reader.completion(None)
+    assert (completion.refusal, completion.model) == ("no \U0001f600 \ufffd", "m\ufffd")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from microbatch.messages import Limits
 from microbatch.testing.quota import go_duration
-from microbatch.transports.response_headers import duration, read_limits, stated_wait
+from microbatch.transports.response_headers import duration, read_limits, request_id, stated_wait
 
 
 @each(
@@ -38,6 +38,7 @@ from microbatch.transports.response_headers import duration, read_limits, stated
         ("-1", None),
         ("nan", None),
         ("inf", None),
+        ("9" * 400 + "s", None),
         ("2026-11-23T00:00:00Z", None),
     ],
 )
@@ -111,3 +112,16 @@ def test_what_cannot_be_read_is_left_out():
 )
 def test_the_wait_that_a_body_asks_for(body, seconds):
     assert stated_wait(body) == seconds
+
+
+def test_a_wait_that_is_no_number_is_none():
+    assert stated_wait(b"try again in " + b"9" * 400 + b"s") is None
+    assert stated_wait(b'"retry_after_hours": "' + b"9" * 308 + b'h"') is None
+
+
+@each(
+    ("header", "name"), [("req_1", "req_1"), ("a\udcffb", "a\ufffdb"), ("f\u00fcr", "f\u00fcr"), ("", ""), (None, None)]
+)
+def test_an_id_can_be_written_whatever_bytes_the_header_has(header, name):
+    read = request_id({} if header is None else {"x-request-id": header})
+    assert read == name

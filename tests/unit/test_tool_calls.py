@@ -73,3 +73,11 @@ def test_a_call_is_joined_in_every_spelling_of_endpoints(pieces):
     for each in pieces:
         calls.take(each)
     assert calls.joined() == [call("f", '{"n":1}', "a")]
+
+
+def test_halves_of_a_character_in_two_pieces_are_joined_and_lone_ones_replaced():
+    first = piece('{"a":"\ud83d', index=0, id="call_1")
+    first["function"]["name"] = "f\ud83d"
+    assert read({"tool_calls": [first]}, {"tool_calls": [piece('\ude00"}', index=0)]}) == [
+        call("f\ufffd", '{"a":"\U0001f600"}')
+    ]
