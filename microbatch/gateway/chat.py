@@ -93,7 +93,9 @@ class ChatRoute(Route):
             completion = _completion_despite(error, chat.model) or {}
             if stream.response is None and not completion:
                 raise
-            if not completion or (stream.relayed and not isinstance(error, ReplyError | Filtered)):
+            # The endpoint's events end with its finish reason, except where an error takes its place.
+            told = isinstance(error, ReplyError) or (isinstance(error, Filtered) and stream.told_finish)
+            if not completion or (stream.relayed and not told):
                 served(request).fail(error)
                 return await stream.fail(translate(error))
         await stream.begin(reply_headers(reply))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -25,6 +26,8 @@ _FIRST_LOOK: Final = 0.03
 _ALONE: Final = {"X-Microbatch-Route": "single", "X-Microbatch-Batch-Size": "1"}
 _COMMENT: Final = b": keep-alive\n\n"
 DONE: Final = b"data: [DONE]\n\n"
+_FINISH: Final = re.compile(rb'"finish_reason"\s*:\s*["{]')
+"""A finish reason that is not null; inside a text its quotation marks would have backslashes."""
 
 
 class EventStream:
@@ -37,12 +40,14 @@ class EventStream:
         response: The response, once its headers are sent; from then on errors are events.
         relayed: Whether the endpoint's own events were sent.
         told_usage: Whether the usage was among them.
+        told_finish: Whether a finish reason was among them.
     """
 
     def __init__(self, request: web.Request, relay: Relay, *, include_usage: bool) -> None:
         self.response: web.StreamResponse | None = None
         self.relayed: bool = False
         self.told_usage: bool = False
+        self.told_finish: bool = False
         self._request = request
         self._relay = relay
         self._include_usage = include_usage
@@ -76,6 +81,7 @@ class EventStream:
 
     async def _relay_events(self, events: list[bytes]) -> None:
         self.relayed = True
+        self.told_finish = self.told_finish or any(map(_FINISH.search, events))
         kept = [event for event in events if self._is_for_client(event)]
         if kept:
             await self._write(b"".join(b"data: " + event.replace(b"\n", b"\ndata: ") + b"\n\n" for event in kept))

@@ -347,3 +347,46 @@ async def test_streams_can_be_relayed_always_or_never_be_live(streams, calls):
         ["two words"] * 3 if streams == "relay" else ["two words", "re: a", "re: b"]
     )
     assert (told[0][0]["id"] == "theirs") == (streams == "relay")
+
+
+async def sent_through(raw):
+    """The events that a client gets of a stream that the endpoint sends as *raw*, closing the connection after it."""
+
+    async def answer(_request):
+        return web.Response(body=raw, headers={"Content-Type": "text/event-stream"})
+
+    async with recorder() as upstream, gateway(upstream.url, policy={"idle": "flush"}) as served:
+        upstream.answer = answer
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(PATIENCE)) as session,
+            post(session, served, "x") as response,
+        ):
+            return [event async for event in events_of(response)]
+
+
+def as_events(*objects):
+    return b"".join(b"data: " + json.dumps(each).encode() + b"\n\n" for each in objects)
+
+
+@pytest.mark.parametrize(
+    "ending", [b"", b"\n", b"\r", b"\n\n", b"\n\ndata: [DONE]", b'\n\ndata: {"choices": [{"delta": {"cont']
+)
+async def test_the_last_event_arrives_with_or_without_its_blank_line(ending):
+    sent = [chunk({"content": "two "}), chunk({"content": "words"}, finish="stop")]
+    assert await sent_through(as_events(*sent).removesuffix(b"\n\n") + ending) == [*sent, ENDED]
+
+
+async def test_a_filter_that_stops_a_live_stream_with_an_error_is_not_taken_for_its_end():
+    error = {
+        "message": "stopped by the content filter",
+        "type": "invalid_request_error",
+        "param": None,
+        "code": "content_filter",
+    }
+    events = await sent_through(as_events(chunk({"content": "two "}), {"error": error}))
+    assert events == [chunk({"content": "two "}), {"error": error}]
+
+
+async def test_a_filter_that_stops_a_live_stream_with_a_finish_reason_is_its_end():
+    sent = [chunk({"content": "two "}), chunk({}, finish="content_filter")]
+    assert await sent_through(as_events(*sent)) == [*sent, ENDED]
