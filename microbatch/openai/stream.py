@@ -11,7 +11,8 @@ from microbatch.openai.objects import ChatCompletionChunk
 from microbatch.openai.relayed import WHERE, begin_of, encoded_body, limited, secrets_of, sent_headers
 from microbatch.transports.addresses import CHAT_COMPLETIONS
 from microbatch.transports.error_parsing import has_failed, read_fault, to_error
-from microbatch.transports.lenient import decode_body
+from microbatch.transports.lenient import decode_body, is_json
+from microbatch.transports.reply_reader import is_keep_alive
 from microbatch.transports.sse import SSEDecoder
 
 if TYPE_CHECKING:
@@ -63,32 +64,46 @@ class AsyncStream:
 # Not a method: a generator that refers to its stream would keep it alive after the reader has dropped it.
 async def _chunks(response: Forwarded, held: AsyncExitStack, secrets: list[str]) -> AsyncGenerator[ChatCompletionChunk]:
     finished = False
-    decoder = SSEDecoder()
     try:
-        async for piece in response:
-            for data in decoder.feed(piece):
-                if data.strip() == b"[DONE]":
-                    return
-                if data.strip():  # an empty event only keeps the connection alive
-                    chunk = _read_chunk(data, response, secrets)
-                    finished = finished or any(choice.finish_reason for choice in chunk.choices or ())
-                    yield chunk
-        if not finished and b"[DONE]" not in decoder.close():
+        async for data in _events(response):
+            if data.strip() == b"[DONE]":
+                return
+            chunk = _read_chunk(data, response, secrets)
+            if chunk is not None:
+                finished = finished or any(choice.finish_reason for choice in chunk.choices or ())
+                yield chunk
+        if not finished:
             raise TransportError("the stream was cut off: it ended without a finish_reason")
     finally:
         await held.aclose()
 
 
-def _read_chunk(data: bytes, response: Forwarded, secrets: list[str]) -> ChatCompletionChunk:
+async def _events(response: Forwarded) -> AsyncGenerator[bytes]:
+    """Yield the data of the events; the last one may lack its closing blank line, and is left out if it is cut."""
+    decoder = SSEDecoder()
+    async for piece in response:
+        for data in decoder.feed(piece):
+            yield data
+    for data in decoder.close():
+        if is_json(data) or data.strip() == b"[DONE]":
+            yield data
+
+
+def _read_chunk(data: bytes, response: Forwarded, secrets: list[str]) -> ChatCompletionChunk | None:
+    """Return the chunk in *data*, None if it only keeps the connection alive."""
     try:
         members: Any = decode_body(data)
     except ValueError:
-        members = None
-    if not isinstance(members, dict):
-        raise TransportError("an event of the stream is no chunk of a completion")
-    fault = read_fault(data, response.status) if members.get("error") or members.get("object") == "error" else None
+        if is_keep_alive(data):
+            return None
+        raise TransportError("an event of the stream is no chunk of a completion") from None
+    fault = read_fault(data, response.status)
     if fault is not None:
         raise to_error(fault, where=WHERE, headers=response.headers, secrets=secrets)
+    if members is None:
+        return None
+    if not isinstance(members, dict):
+        raise TransportError("an event of the stream is no chunk of a completion")
     return ChatCompletionChunk(members)
 
 
