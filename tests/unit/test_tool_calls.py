@@ -81,3 +81,23 @@ def test_halves_of_a_character_in_two_pieces_are_joined_and_lone_ones_replaced()
     assert read({"tool_calls": [first]}, {"tool_calls": [piece('\ude00"}', index=0)]}) == [
         call("f\ufffd", '{"a":"\U0001f600"}')
     ]
+
+
+@pytest.mark.parametrize("index", [{}, {"index": 0}, {"index": None}, {"index": "0"}])
+@pytest.mark.parametrize("names", ["fg", "ff"])
+def test_calls_of_one_index_with_ids_of_their_own_stay_apart(index, names):
+    first, second = (
+        {"id": f"call_{number}", "function": {"name": name, "arguments": f'{{"{number}"'}, **index}
+        for number, name in enumerate(names)
+    )
+    deltas = [first, piece(":1}", **index), second, piece(":2}", **index)]
+    assert read(*({"tool_calls": [each]} for each in deltas)) == [
+        call(names[0], '{"0":1}', "call_0"),
+        call(names[1], '{"1":2}', "call_1"),
+    ]
+
+
+def test_an_id_that_changes_with_each_piece_begins_no_call():
+    begun = {"id": "call_0", "index": 0, "function": {"name": "f", "arguments": "{"}}
+    joined = read({"tool_calls": [begun]}, {"tool_calls": [piece("}", index=0, id="call_1")]})
+    assert [each["function"]["arguments"] for each in joined] == ["{}"]
