@@ -55,7 +55,7 @@ class ChatRoute(Route):
         if not combine or caller.in_address or "Content-Encoding" in request.headers:
             return await self._relay.serve(request, place.path, body, caller)
         chat = read_chat_request(body, model=place.model or self._model, harmless=self._harmless)
-        record.model = chat.model
+        record.model = chat.model or None
         if chat.arguments is None or (chat.stream and self._settings.streams == "relay"):
             return await self._relay.serve(request, place.path, chat.body, caller, alone=chat.alone)
         asked = {**chat.arguments, "model": chat.model} if place.model else chat.arguments

@@ -35,7 +35,7 @@ class ChatRequest(msgspec.Struct, frozen=True):
 
     Attributes:
         body: What is sent if it is relayed.
-        model: The model to ask: that of the body, else the gateway's.
+        model: The model to ask: that of the body, else the gateway's; "" if the body has something else than a string.
         arguments: What the body says as arguments of `submit`; None for a request that is relayed, because it cannot be combined, or
             because only the endpoint can judge a field of it.
         stream: Whether the answer is sent as events.
@@ -83,7 +83,8 @@ def read_chat_request(raw: bytes, *, model: str | None, harmless: Collection[str
     asked = body.get("model") or model
     if not asked:
         raise GatewayError(400, "you must provide a model parameter", code="missing_model", param="model")
-    relayed = ChatRequest(raw if body.get("model") else msgspec.json.encode({**body, "model": asked}), asked)
+    named = asked if isinstance(asked, str) else ""
+    relayed = ChatRequest(raw if body.get("model") else msgspec.json.encode({**body, "model": asked}), named)
     stream, options = body.pop("stream", None), body.pop("stream_options", None)
     include_usage = as_object(options).get("include_usage")
     if not (readable and _is_flag(stream) and _is_flag(include_usage) and isinstance(options, dict | None)):
@@ -102,7 +103,7 @@ def read_chat_request(raw: bytes, *, model: str | None, harmless: Collection[str
     except ConfigError:
         return relayed  # the endpoint says what is wrong with it, or takes it
     streamed, typed = bool(stream), not read.answer.is_text and read.answer.form is None
-    return ChatRequest(raw, asked, arguments, streamed, streamed and bool(include_usage), typed)
+    return ChatRequest(raw, named, arguments, streamed, streamed and bool(include_usage), typed)
 
 
 def _json_object(raw: bytes) -> tuple[dict[str, Any], bool]:

@@ -695,3 +695,22 @@ async def test_beyond_this_machine_the_command_logs_by_default():
     assert error_in(answer)["code"] == "missing_model"
     assert code == 0, err
     assert [json.loads(line)["reason"] for line in out.splitlines()] == ["missing_model"]
+
+
+# --- odd requests
+
+
+@pytest.mark.slow
+async def test_a_request_whose_model_is_no_name_is_recorded_like_any_other(tmp_path):
+    log = tmp_path / "access.jsonl"
+    models = [5, ["m"], {"m": 1}, True, 1.5]
+    paths = ["/v1/chat/completions", "/v1/embeddings"]
+    async with recorder() as upstream:
+        async with gateway(upstream.url, access_log=str(log)) as served, ClientSession() as session:
+            client = Client(served, session)
+            for path in paths:
+                for model in models:
+                    status, _, _ = await client.post({**chat(), "input": "x", "model": model}, path)
+                    assert status == 203
+            assert totals(await client.hour())[0] == len(models) * len(paths)
+        assert [(line["status"], line["model"]) for line in lines(log)] == [(203, None)] * len(models) * len(paths)
