@@ -145,6 +145,11 @@ class UsageReader:
 _decoder: Final = json.JSONDecoder()
 
 
+def _may_be_events(head: bytes) -> bool:
+    """Return whether an event stream that is not compressed may begin with *head*, which may be a part of a field's name."""
+    return any(head.startswith(field) or field.startswith(head) for field in _EVENT_FIELDS)
+
+
 class Forwarded:
     """The answer to a relayed request, to be read inside the `async with` block that made it.
 
@@ -197,12 +202,12 @@ class Forwarded:
             chunk = await timed(clock, pacer.read(), self._where)
             if not chunk:
                 return
-            if _EVENT.search(chunk):
-                self._first = None
             if not begun and self._idle is not None:
-                foreign = latest is None and not chunk.startswith(_EVENT_FIELDS)
+                foreign = latest is None and not _may_be_events(chunk)
                 latest = (latest or b"")[-_WORDS_BYTES:] + chunk
                 begun = foreign or _WORDS.search(latest) is not None
+                if begun or _EVENT.search(latest):
+                    self._first = None
             if begun:
                 pacer.pause()
             if self.on_chunk is not None:

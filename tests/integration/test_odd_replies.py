@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
@@ -480,3 +482,31 @@ async def test_a_fault_in_the_framing_of_a_relayed_body_ends_it() -> None:
                     assert [piece async for piece in answer] == [b"a"]
         finally:
             await chat.aclose()
+
+
+def in_pieces(raw: bytes, *cuts: int, pause: float) -> list[Any]:
+    """Return a stream of *raw* that is cut at *cuts*, with a pause at each cut."""
+    parts = [raw[start:end] for start, end in pairwise([0, *cuts, len(raw)])]
+    sent = [each for part in parts for each in (b"%x\r\n%b\r\n" % (len(part), part), pause)]
+    return [events(done=False)[0], *sent[:-1], b"0\r\n\r\n"]
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+async def test_a_relayed_stream_may_be_silent_in_the_name_of_its_first_field(cut: int) -> None:
+    pieces = in_pieces(b"data: {}\n\n", cut, pause=0.5)
+    async with odd_endpoint(lambda _: pieces) as endpoint:
+        chat = mb.OpenAIChat("m", base_url=endpoint.url, idle_timeout=0.2)
+        async with chat.forward("POST", "/chat/completions", {}, b"{}") as relayed:
+            assert b"".join([piece async for piece in relayed]) == b"data: {}\n\n"
+        await chat.aclose()
+
+
+@pytest.mark.parametrize("raw", [b"data: {}\n\n: y\n\n", b": x\r\rdata: {}\r\n\r\n", gzip.compress(b"data: {}\n\n")])
+async def test_a_relayed_stream_that_has_begun_in_small_pieces_has_begun(raw: bytes) -> None:
+    pieces = in_pieces(raw, *range(1, len(raw)), pause=0.0)
+    pieces = [*pieces[:-1], 1.0, pieces[-1]]
+    async with odd_endpoint(lambda _: pieces) as endpoint:
+        chat = mb.OpenAIChat("m", base_url=endpoint.url, first_timeout=0.5)
+        async with chat.forward("POST", "/chat/completions", {}, b'{"stream":true}') as relayed:
+            assert b"".join([piece async for piece in relayed]) == raw
+        await chat.aclose()
