@@ -55,7 +55,9 @@ class Attempt(Exchange):
     async def run(self, sending: Awaitable[aiohttp.ClientResponse]) -> Completion:
         """Make the attempt; *sending* returns the response when its headers have arrived."""
         failure = await self._exchange(sending)
-        if failure is not None and not self._reader.complete:
+        # A finish reason that more text has followed comes with every chunk, and so says nothing of the end.
+        complete = self._reader.done or (self._reader.complete and not self._finished_early)
+        if failure is not None and not complete:
             raise failure
         headers = self._response.headers
         completion = self._reader.completion(request_id(headers), read_limits(headers))

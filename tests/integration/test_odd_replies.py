@@ -510,3 +510,16 @@ async def test_a_relayed_stream_that_has_begun_in_small_pieces_has_begun(raw: by
         async with chat.forward("POST", "/chat/completions", {}, b'{"stream":true}') as relayed:
             assert b"".join([piece async for piece in relayed]) == raw
         await chat.aclose()
+
+
+@pytest.mark.parametrize("broken", [["reset"], [b"no length\r\n"], [FOR_EVER]])
+async def test_a_finish_reason_with_every_chunk_completes_no_broken_text(broken: list[Any]) -> None:
+    begun = events(chunk("a", "stop"), chunk("b", "stop"), done=False)[:-1]
+    with pytest.raises((ConnectFailed, TransportTimeout)):
+        await send(lambda _: [*begun, 0.2, *broken], idle_timeout=0.5)
+
+
+async def test_a_finish_reason_at_the_end_completes_a_text_whose_connection_breaks() -> None:
+    begun = events(chunk("a"), chunk("b"), chunk("", "stop"), done=False)[:-1]
+    text, completion = await send(lambda _: [*begun, 0.2, "reset"])
+    assert (text, completion.finish_reason) == ("ab", "stop")
