@@ -40,6 +40,9 @@ _BINDS: Final = 0.2
 
 _NEVER: Final = float("inf")
 
+_MOST_TOKENS: Final = 2**31
+"""A charge that no request reaches. Callers may name any `max_tokens`, and sums of floats with a larger one lose the others."""
+
 _ASKED_WITHIN: Final = 1.0
 """Seconds after which what may be granted and was not asked for counts as withdrawn; it is asked for as soon as a slot is free."""
 
@@ -194,7 +197,7 @@ class Account:
 
     def permit(self, tokens: int, rank: int, *, again: bool = False) -> Permit:
         """Return an unpaid permit; *again* if the retry budget has paid for its first attempt, which repeats a call."""
-        return Permit(self, tokens, rank, drawn=again)
+        return Permit(self, min(tokens, _MOST_TOKENS), rank, drawn=again)
 
     def pay(self, permit: Permit) -> bool:
         """Pay for the next attempt of *permit*; return whether it need not wait.

@@ -750,3 +750,17 @@ def test_permits_are_granted_in_the_end_and_nothing_is_leaked(events, adaptive, 
 
     with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
         runner.run(run())
+
+
+@pytest.mark.parametrize("tokens", [2**31, 10**18, 10**30])
+async def test_a_charge_beyond_all_measure_leaves_the_limit_as_it_is(tokens):
+    desk = Desk(RateLimit(tpm=1_000, charge="used"), estimates=[tokens])
+    desk.pump()
+    desk.permits[0].paid = False
+    desk.account.ended(desk.permits[0], Completion("stop", usage=Usage(400, 500)))
+    await asyncio.sleep(2 * WINDOW)
+    desk.due = [999] * 2
+    desk.pump()
+    await asyncio.sleep(2 * WINDOW)
+    assert desk.paid == at([0, 2 * WINDOW, 3 * WINDOW])
+    assert desk.account._bucket._tokens.total == pytest.approx(999)
