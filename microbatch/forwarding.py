@@ -89,7 +89,7 @@ class _Bill:
 
     Attributes:
         sent: Whether the request was sent, and not refused.
-        usage: What reads the usage in the answer; None before there is one.
+        usage: The reader of the usage in the answer; None before there is an answer.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class _Bill:
         self.usage: UsageReader | None = None
 
     def watch(self, response: Forwarded) -> UsageReader:
-        """Read the usage while the bytes of *response* are passed on, and return what does."""
+        """Return a reader of the usage, which reads the bytes of *response* as they are passed on."""
         self.sent = response.status not in _REFUSALS
         self.usage = reader = UsageReader(response.headers.get("Content-Encoding"))
         response.on_chunk = reader.feed

@@ -36,12 +36,12 @@ class ChatRequest(msgspec.Struct, frozen=True):
     Attributes:
         body: What is sent if it is relayed.
         model: The model to ask: that of the body, else the gateway's; "" if the body has something else than a string.
-        arguments: What the body says as arguments of `submit`; None for a request that is relayed, because it cannot be combined, or
+        arguments: The body's fields as arguments of `submit`; None for a request that is relayed, because it cannot be combined, or
             because only the endpoint can judge a field of it.
         stream: Whether the answer is sent as events.
         include_usage: Whether the last event holds the usage.
         typed: Whether it has a schema for its answer, and no tool for it.
-        alone: What keeps it out of combined prompts, as in `Stats.alone_by_field`.
+        alone: Names of the fields that keep it out of combined prompts, as in `Stats.alone_by_field`.
     """
 
     body: bytes

@@ -21,7 +21,7 @@ HEARTBEAT: Final = 15.0
 """Seconds of silence after which a comment is sent: proxies end connections that are silent for 30 to 60 s."""
 
 _FIRST_LOOK: Final = 0.03
-"""Seconds after which it is seen whether a request that came first has company by now."""
+"""Seconds until the first check whether other requests have joined the one that waits alone."""
 
 _ALONE: Final = {"X-Microbatch-Route": "single", "X-Microbatch-Batch-Size": "1"}
 _COMMENT: Final = b": keep-alive\n\n"

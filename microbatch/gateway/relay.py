@@ -85,7 +85,7 @@ class Relay:
     ) -> web.StreamResponse:
         """Relay *request* to *path*, which has its query, below the upstream's address, and the answer to the client.
 
-        *alone* is what keeps it out of combined prompts, to be counted.
+        *alone* are the names of the fields that keep it out of combined prompts, to be counted.
 
         Raises:
             GatewayError: The upstream cannot be reached.
