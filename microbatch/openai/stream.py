@@ -11,7 +11,7 @@ from microbatch.openai.objects import ChatCompletionChunk
 from microbatch.openai.relayed import WHERE, begin_of, encoded_body, limited, secrets_of, sent_headers
 from microbatch.transports.addresses import CHAT_COMPLETIONS
 from microbatch.transports.error_parsing import has_failed, read_fault, to_error
-from microbatch.transports.lenient import decode_body, is_json
+from microbatch.transports.lenient import as_object, decode_body, is_array, is_json
 from microbatch.transports.reply_reader import is_keep_alive
 from microbatch.transports.sse import SSEDecoder
 
@@ -97,14 +97,22 @@ def _read_chunk(data: bytes, response: Forwarded, secrets: list[str]) -> ChatCom
         if is_keep_alive(data):
             return None
         raise TransportError("an event of the stream is no chunk of a completion") from None
-    fault = read_fault(data, response.status)
-    if fault is not None:
+    if _may_fail(members) and (fault := read_fault(data, response.status)) is not None:
         raise to_error(fault, where=WHERE, headers=response.headers, secrets=secrets)
     if members is None:
         return None
     if not isinstance(members, dict):
         raise TransportError("an event of the stream is no chunk of a completion")
     return ChatCompletionChunk(members)
+
+
+def _may_fail(event: Any) -> bool:
+    """Return whether *event* may be an error, which takes a second look at its bytes."""
+    fields = as_object(event)
+    choices = fields.get("choices")
+    if not choices or not is_array(choices) or fields.get("error") or fields.get("object") == "error":
+        return True
+    return any(as_object(choice).get("error") for choice in choices)
 
 
 async def open_stream(
