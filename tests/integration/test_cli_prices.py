@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import aiohttp
@@ -188,7 +187,7 @@ def test_a_simulation_with_several_models_names_them_and_what_has_no_price(capsy
 
 
 @pytest.mark.slow
-def test_a_run_at_a_service_tier_is_priced_by_what_the_endpoint_reports(capsys):
+def test_a_run_at_a_service_tier_is_priced_by_what_the_endpoint_reports(capsys, monkeypatch):
     products(8)
     prices({"mine": ENTRY})
     with serving() as endpoint:
@@ -200,7 +199,7 @@ def test_a_run_at_a_service_tier_is_priced_by_what_the_endpoint_reports(capsys):
                 for line in lines
             )
         )
-        os.environ["OPENAI_API_KEY"] = "any"
+        monkeypatch.setenv("OPENAI_API_KEY", "any")
         assert run("--base-url", endpoint.base_url, "--json", "--prices", "prices.json", "--single") == 0
     told = summary(capsys)
     flex = MINE.of_tier("flex")
