@@ -197,7 +197,7 @@ class Calibrator:
         seconds = asyncio.get_running_loop().time() - begun
         if not self._enough(kept):
             tell = not self._mostly_incomparable and kept
-            self._note(needed=math.ceil(self._least * len(items) / len(kept)) if tell else None)
+            self._note(needed=self._to_draw(self._least, len(kept)) if tell else None)
             kept = []
         self._items = kept
         noise = sum(not item.alone for item in kept) / (len(kept) or 1)
@@ -223,6 +223,10 @@ class Calibrator:
     def _enough(self, items: Sequence[_Item]) -> bool:
         """Return whether *items* are enough to say something, and about most of the sample."""
         return len(items) >= self._least and not self._mostly_incomparable
+
+    def _to_draw(self, needed: int, compared: int) -> int:
+        """Return the items to draw so that *needed* are compared, if as large a share as now is: *compared* of the sample."""
+        return math.ceil(needed * self.result.sample / compared)
 
     async def _keep(
         self, batcher: Microbatcher, items: Sequence[_Item], take: Callable[[_Item, str, Same | None], bool]
@@ -250,7 +254,7 @@ class Calibrator:
             row = await self._try(trial)
             rows = (*self.result.sizes, row)
             if row.outcome == "undecided":
-                needed[size] = trial.needed
+                needed[size] = None if trial.needed is None else self._to_draw(trial.needed, len(self._items))
             best = recommended(rows)
             open_ = (count for tried, count in needed.items() if best is None or tried > best)
             self._note(sizes=rows, recommended=best, needed=next(open_, None))

@@ -27,9 +27,9 @@ def can_compare(answer: AnswerType, batched: str, same: Same | None) -> bool:
 def agree(answer: AnswerType, batched: str, alone: str, same: Same | None = None) -> bool | None:
     """Return whether two answers in the form *answer*, given as their texts, are the same; None if they cannot be compared.
 
-    Typed answers are the same if their values, or their JSON, are equal, sets in any order; texts if they are equal but for case and
-    white space, and neither is longer than 64 characters. *same* replaces both: it takes the outputs, that from the batch first, and an
-    error of it makes them incomparable.
+    Typed answers are the same if their values, or their JSON, are equal, sets in any order; their JSON decides alone if values cannot
+    be compared. Texts are the same if they are equal but for case and white space, and neither is longer than 64 characters. *same*
+    replaces both: it takes the outputs, that from the batch first, and an error of it makes them incomparable.
     """
     with contained():
         # Decoded anew: a caller may have changed the output it was given.
@@ -38,9 +38,12 @@ def agree(answer: AnswerType, batched: str, alone: str, same: Same | None = None
             return bool(same(*outputs))
         if answer.is_text:
             return _folded(batched) == _folded(alone) if max(len(batched), len(alone)) <= LONGEST else None
-        if outputs == [batched, alone]:  # JSON that the caller asked for as such
-            outputs = [msgspec.json.decode(text) for text in outputs]
-        return bool(outputs[0] == outputs[1]) or _same_json(batched, alone)
+        if answer.form is not None:  # JSON that the caller asked for as such
+            return bool(msgspec.json.decode(batched) == msgspec.json.decode(alone))
+        with contained():  # the `==` of a caller's type may raise, or return an array
+            if outputs[0] == outputs[1]:
+                return True
+        return _same_json(batched, alone)
     return None
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     Factor = Callable[[float, float, float], float]
     Bets = Sequence[tuple[float, float]]
     Counts = Iterable[tuple[float, int]]
+
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+"""A number of things in a record that is kept: a negative one shows that the record was damaged."""
 
 ENOUGH: Final = 20.0
 """The wealth that rejects a hypothesis, with an error of at most 5 %."""
@@ -85,9 +88,9 @@ class Evidence(msgspec.Struct):
         better: Scores of -1.
     """
 
-    worse: int = 0
-    equal: int = 0
-    better: int = 0
+    worse: Natural = 0
+    equal: Natural = 0
+    better: Natural = 0
 
     @property
     def count(self) -> int:
@@ -151,6 +154,11 @@ class DriftDetector(msgspec.Struct):
 
     bound: float
     wealth: list[float] = msgspec.field(default_factory=lambda: [0.0] * len(_ABOVE_BETS))
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` if a record holds another number of gamblers, such as one of another version."""
+        if len(self.wealth) != len(_ABOVE_BETS):
+            raise ValueError(f"{len(_ABOVE_BETS)} gamblers expected, got {len(self.wealth)}")
 
     def add(self, score: int) -> bool:
         """Add a score; return whether it raises the alarm."""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.accounting.audits import AuditedSize
-from microbatch.audit.evidence import ENOUGH, DriftDetector, Evidence
+from microbatch.audit.evidence import ENOUGH, DriftDetector, Evidence, Natural
 from microbatch.lru import LRU
 
 if TYPE_CHECKING:
@@ -80,16 +80,16 @@ class StepRecord(msgspec.Struct):
         doubtful: The periods of the step whose answers are doubtful.
     """
 
-    asked: int = 0
-    not_comparable: int = 0
-    different: int = 0
+    asked: Natural = 0
+    not_comparable: Natural = 0
+    different: Natural = 0
     evidence: Evidence = msgspec.field(default_factory=Evidence)
     detector: DriftDetector | None = None
     condemned: bool = False
     calls_cost: float = 0.0
     audits_cost: float = 0.0
-    audits_ended: int = 0
-    period: int = 0
+    audits_ended: Natural = 0
+    period: Natural = 0
     doubtful: set[int] = set()
 
     @property
@@ -145,10 +145,15 @@ class LaneKind(msgspec.Struct):
     model: str | None = None
     steps: dict[int, StepRecord] = {}
     limit: int | None = None
-    condemnations: int = 0
-    requests: int = 0
+    condemnations: Natural = 0
+    requests: Natural = 0
     under_way: int = 0
     doubted_at: dict[int, float] = {}
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError` if a record that was kept names sizes that are no steps."""
+        if not set(STEPS).issuperset(self.steps) or self.limit not in (None, *STEPS[:-1]):
+            raise ValueError(f"no such steps: {sorted(self.steps)}, limit {self.limit}")
 
     def record(self, step: int) -> StepRecord:
         """Return the record of *step*."""

@@ -274,7 +274,9 @@ class Audits:
         except BudgetExceeded:
             raise
         except (RequestFailed, ConfigError):
-            pass  # its prompt counts below, or audits that always fail would cost nothing
+            if lease.granted.exception() is not None:
+                return None  # refused, so that nothing was sent
+            # Else its prompt counts below, or audits that always fail would cost nothing.
         finally:
             del self._leases[lease]
             lease.give_back()

@@ -144,6 +144,22 @@ class AnswerCache:
         found.set_result(value)
         return found
 
+    async def look_up_entries(self, keys: Sequence[bytes]) -> tuple[list[entries.Entry | None], list[bytes]]:
+        """Return the valid entry of each of *keys*, None without one, and the keys that are known to have none.
+
+        None of them is known to while the cache fails or is bypassed, or the batcher closes.
+        """
+        before = self.guard.bypassed
+        reading = [self.look_up(key) for key in keys]
+        if reading:
+            await asyncio.wait(reading)
+        found = [
+            None if value.exception() else self.entry(key, value.result())
+            for key, value in zip(keys, reading, strict=True)
+        ]
+        failed = self.guard.bypassed != before or any(value.exception() for value in reading)
+        return found, [] if failed else [key for key, entry in zip(keys, found, strict=True) if entry is None]
+
     def _look_ups(self, timeout: float) -> Coalescer[bytes, bytes | None]:
         async def get_many(keys: list[bytes]) -> list[bytes | None]:
             distinct = list(dict.fromkeys(keys))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from microbatch.audit.lane_kind import sizes_in
-from microbatch.cli.console import COLUMNS, plural
+from microbatch.cli.console import COLUMNS, percent, plural
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,19 +74,13 @@ def _line(size: AuditedSize, bound: float, *, several: bool, kinds: int, given_u
     what = f"batches of {sizes_in(size.size)}"
     if kinds > 1:
         what += f" ({size.model or 'kind'} {size.kind[:6]})"
-    found = (
-        f"{_percent(size.raw)} of answers differ from asking alone; {_percent(size.noise)} is the model's own noise; "
-    )
+    found = f"{percent(size.raw)} of answers differ from asking alone; {percent(size.noise)} is the model's own noise; "
     if size.condemned:
         # After a certificate few scores show a change, and all scores together need not.
-        now = f"is {_percent(size.excess)}" if size.excess > bound else "has become larger"
-        return f"{what} were given up: {found}the excess {now}, and at most {_percent(bound)} is accepted"
-    found += f"the excess is at most {_percent(size.upper)} (95 %)" if size.upper < 1 else "too few to tell the excess"
+        now = f"is {percent(size.excess)}" if size.excess > bound else "has become larger"
+        return f"{what} were given up: {found}the excess {now}, and at most {percent(bound)} is accepted"
+    found += f"the excess is at most {percent(size.upper)} (95 %)" if size.upper < 1 else "too few to tell the excess"
     found += f", by {plural(size.compared, 'comparison')}"
     if given_up:
         return f"{what} were given up, undecided: {found}"
     return f"{what}: {found}" if several else found
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -46,7 +46,7 @@ from microbatch.audit.means import smallest_bound
 from microbatch.calibration import SAMPLE, SIZES, Calibrator
 from microbatch.cli import console
 from microbatch.cli.arguments import add_bulk, add_flag, add_max_excess
-from microbatch.cli.console import COLUMNS, UsageError, dollars, note, plural, report_summary, seconds, table
+from microbatch.cli.console import COLUMNS, UsageError, dollars, note, percent, plural, report_summary, seconds, table
 from microbatch.cli.plan import prepare
 from microbatch.cli.reading.input import BadLine, InputChanged
 from microbatch.cli.session import Session
@@ -222,7 +222,7 @@ def _answers(result: Calibration) -> str:
     rows = []
     for row in _rows(result):
         shares = [row.agreement, *([row.excess, row.upper] if row.outcome else [])] if row.compared else []
-        cells = [_percent(share) for share in shares] + [""] * (3 - len(shares))
+        cells = [percent(share) for share in shares] + [""] * (3 - len(shares))
         rows.append((str(row.size), f"{row.batches:,}", f"{row.compared:,}", *cells, row.outcome or ""))
     return table(("size", "prompts", "compared", "agree", "excess", "at most", "outcome"), rows)
 
@@ -246,16 +246,12 @@ def _rows(result: Calibration) -> list[CalibratedSize]:
     return [row for row in (result.alone, *result.sizes) if row is not None]
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def _remarks(result: Calibration, plan: Plan) -> Iterator[str]:
     """Yield what follows from the figures."""
     yield from _recommendation(result)
     yield from _dearer(result)
     if result.noise:
-        yield f"Of the answers alone {_percent(result.noise)} differ from each other: that is the model's own noise."
+        yield f"Of the answers alone {percent(result.noise)} differ from each other: that is the model's own noise."
     if result.unusable:
         yield f"{plural(result.unusable, 'item')} left out: their form keeps them out of combined prompts."
     if result.not_comparable:
@@ -277,11 +273,11 @@ def _recommendation(result: Calibration) -> Iterator[str]:
     if not result.compared:
         yield from _no_answers(result, bound)
     elif result.recommended == 1 and last is not None:
-        yield f"Recommended: ask alone (--single). Batches of {last.size} change about {_percent(last.excess)} of the answers."
+        yield f"Recommended: ask alone (--single). Batches of {last.size} change about {percent(last.excess)} of the answers."
     elif result.recommended is not None:
         row = rows[result.recommended]
         yield (
-            f"Recommended: --max-batch-size {row.size}. Because of combining at most {_percent(row.upper)} of the answers differ "
+            f"Recommended: --max-batch-size {row.size}. Because of combining at most {percent(row.upper)} of the answers differ "
             "(95 % confidence)."
         )
     undecided = [row for row in result.sizes if row.outcome == "undecided" and row.size > (result.recommended or 0)]

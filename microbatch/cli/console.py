@@ -144,6 +144,11 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def percent(share: float) -> str:
+    """Return *share* in percent with one decimal, as in "1.5 %"; a small negative one is "0.0 %"."""
+    return f"{round(100 * share, 1) + 0.0:.1f} %"  # -0.0 + 0.0 is 0.0
+
+
 def change(now: float | None, before: float | None) -> str:
     """Return the change from *before* to *now* as "-77 %" or "+12 %"; "" if one is unknown or *before* is 0."""
     if now is None or not before:

@@ -387,7 +387,8 @@ class Demultiplexer:
         found = _readable_id(text, start, start + _WINDOW)
         index = self._find(found[1]) if found else None
         if index is not None:
-            self._note(index, None, text[start : start + _WINDOW])
+            following = _marker(text, start + 1, start + _WINDOW)  # the answer to another item
+            self._note(index, None, text[start : following.start() if following else start + _WINDOW])
 
     def _find(self, name: str) -> int | None:
         if not self._index:

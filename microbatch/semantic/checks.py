@@ -105,13 +105,10 @@ class Checks:
 
     async def _compare_all(self, pairs: list[Compared]) -> list[None]:
         try:
-            reading = [self._answers.look_up(neighbour) for _, _, neighbour, _ in pairs]
-            await asyncio.wait(reading)
-            for (ticket, kind, neighbour, similarity), value in zip(pairs, reading, strict=True):
-                entry = None if value.exception() else self._answers.entry(neighbour, value.result())
-                if entry is None:
-                    self._cache.index.remove([neighbour])
-                elif kind.wants(similarity):
+            kept, gone = await self._answers.look_up_entries([neighbour for _, _, neighbour, _ in pairs])
+            self._cache.index.remove(gone)
+            for (ticket, kind, _, similarity), entry in zip(pairs, kept, strict=True):
+                if entry is not None and kind.wants(similarity):
                     self._compare(ticket, kind, entry, similarity)
         finally:
             self._end(len(pairs))

@@ -359,16 +359,10 @@ class LookUps:
 
     async def _hand_out_all(self, hits: Sequence[tuple[Ticket, LookUp, Found]]) -> None:
         """Read the exact entries of *hits*, and hand out those that are there."""
-        reading = [self._answers.look_up(found.key) for _, _, found in hits if found.key is not None]
-        if reading:
-            await asyncio.wait(reading)
-        for (ticket, look_up, found), value in zip(hits, reading, strict=True):
-            if found.key is None or value.exception() is not None:
-                continue  # the batcher is closing
-            entry = self._answers.entry(found.key, value.result())
-            if entry is None:
-                self._cache.index.remove([found.key])
-            else:
+        kept, gone = await self._answers.look_up_entries([found.key for _, _, found in hits if found.key is not None])
+        self._cache.index.remove(gone)
+        for (ticket, look_up, found), entry in zip(hits, kept, strict=True):
+            if entry is not None:
                 self._hand_out(ticket, look_up.kind, entry, found.similarity)
 
     def _hand_out(self, ticket: Ticket, kind: KindEvidence, entry: Entry, similarity: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,6 +64,27 @@ def test_the_record_is_the_same_after_it_was_stored():
     judged(kind, 16, "condemned")
     kind.add(4, 1, BOUND, adapt=True)
     assert msgspec.json.decode(msgspec.json.encode(kind), type=LaneKind) == kind
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"limit": 3},
+        {"limit": 64},
+        {"limit": 0},
+        {"steps": {"5": {}}},
+        {"steps": {"4": {"detector": {"bound": 0.02, "wealth": [0.0]}}}},
+        {"steps": {"4": {"evidence": {"worse": -1}}}},
+        {"condemnations": -1},
+        {"requests": -1},
+    ],
+    ids=str,
+)
+def test_a_record_that_was_damaged_cannot_be_read(damage):
+    """It is refused as a whole: later on it would end a run, or keep the size of its batches down for good."""
+    kept = msgspec.json.encode({"digest": "kind", **damage})
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(kept, type=LaneKind)
 
 
 def test_a_new_try_that_is_undecided_is_given_up_when_nothing_follows():

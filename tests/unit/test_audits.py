@@ -12,6 +12,7 @@ from helpers import each
 from simulation.broken import AUDIT, Breaker, Panic, broken_functions
 
 import microbatch as mb
+from microbatch.batching.overhead import in_prompt_tokens
 from microbatch.batching.ticket import AloneReason
 from microbatch.errors import ConfigError, ServerError
 
@@ -557,6 +558,9 @@ async def test_closing_drops_audits_that_were_not_sent_and_waits_for_those_that_
     assert batcher.stats().unclaimed.prompt_tokens > 0
     (row,) = batcher.stats().audit
     assert row.asked == row.compared == model.calls.count(1)
+    (kind,) = batcher.audits.state()
+    cost = in_prompt_tokens(batcher.stats().audit_usage, None)
+    assert kind.steps[4].audits_cost == pytest.approx(cost), "what was not sent has cost nothing"
 
 
 async def test_cancelled_callers_are_not_audited():

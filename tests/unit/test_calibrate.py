@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections import Counter
 from typing import Literal
@@ -11,7 +12,7 @@ import pytest
 from helpers import ask, each
 
 import microbatch as mb
-from microbatch.audit.calibration import MOST_BATCHES, ROUND
+from microbatch.audit.calibration import MOST_BATCHES, ROUND, Trial
 from microbatch.audit.means import least_count
 from microbatch.calibration import Calibrator
 from microbatch.testing import Faults, Latency, Mistakes, SimulatedModel, SimulatedTransport
@@ -243,6 +244,22 @@ async def test_if_some_answers_cannot_be_compared_more_items_are_needed():
     compared = LEAST + 1 - found.not_comparable
     assert found.needed == -(-LEAST * (LEAST + 1) // compared)
     assert (found.sizes, found.compared) == ((), 0)
+
+
+async def test_as_many_more_are_needed_for_a_size_as_cannot_be_compared(monkeypatch):
+    """The number is that of the items to draw, of which some will not be compared either."""
+
+    def same(batched, alone):
+        if "white" in (batched, alone):
+            raise ValueError
+        return batched == alone
+
+    monkeypatch.setattr(Trial, "needed", 100)
+    options = {"max_excess": 0.1, "sizes": (2,), "same": same}
+    found, _ = await calibrated({2: 0.06}, noise=0.2, asked=requests(60), **options)
+    assert found.sizes[0].outcome == "undecided"
+    assert LEAST <= found.compared < 60
+    assert found.needed == math.ceil(100 * 60 / found.compared)
 
 
 async def test_nothing_is_recommended_if_most_answers_cannot_be_compared():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from microbatch.accounting.stats import Stats
 from microbatch.cli import progress
 from microbatch.cli.arguments import add_settings, described, flag, read_settings
-from microbatch.cli.console import UsageError, change, dollars, plural, seconds, table
+from microbatch.cli.console import UsageError, change, dollars, percent, plural, seconds, table
 from microbatch.cli.main import main, make_parser
 from microbatch.cli.resume import Resumed
 from microbatch.cli.run import summarize, summary_lines
@@ -398,3 +398,10 @@ def test_a_bar_whose_stderr_fails_keeps_no_lock(monkeypatch):
     other.start()
     other.join(10)
     assert not other.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"), [(0.0149, "1.5 %"), (1.0, "100.0 %"), (-0.0003, "0.0 %"), (-0.02, "-2.0 %"), (0.0, "0.0 %")]
+)
+def test_a_share_is_shown_in_percent_with_one_decimal_and_never_as_minus_zero(share, shown):
+    assert percent(share) == shown

@@ -26,6 +26,18 @@ class ByIdentity:
 
 
 @dataclass
+class Vector:
+    """Its `==` compares arrays, and the truth of the result is ambiguous."""
+
+    of: list[float]
+
+    def __eq__(self, other):
+        raise ValueError("the truth value of an array is ambiguous")
+
+    __hash__ = None
+
+
+@dataclass
 class Same:
     """Compares by the first letter, or fails."""
 
@@ -68,6 +80,9 @@ def test_texts_are_compared_but_for_case_and_white_space_if_they_are_short(one, 
         (ByIdentity, '{"name":"a","tags":["x"]}', '{"tags": ["x"], "name": "a"}', True),
         (ByIdentity, '{"name":"a","tags":["x"]}', '{"name":"a","tags":["y"]}', False),
         (list[ByIdentity], '[{"name":"a","tags":[]}]', '[ {"name":"a","tags":[]} ]', True),
+        (Vector, '{"of":[1,2]}', '{"of": [1.0, 2.0]}', True),
+        (list[Vector], '[{"of":[1]}]', '[ {"of":[1]} ]', True),
+        (Vector, '{"of":[1]}', '{"of":[2]}', False),
     ],
 )
 def test_typed_answers_are_compared_by_their_values(kind, one, other, same):

@@ -561,3 +561,22 @@ def test_drafts_in_a_thought_are_no_elements_past_the_end(text, past, size):
         ever = ever or demultiplexer.past_the_end
     demultiplexer.close()
     assert (ever or demultiplexer.past_the_end) == past
+
+
+@each(
+    "broken",
+    [
+        '{"id":"2bcdfg","answer":"no end}',
+        '{"id":"2bcdfg","answer":{"a":}',
+        '{"id":"2bcdfg"}',
+        '{"id":"2bcdfg","answer":"a raw\nline"}',
+        '{"id":"2bcdfg","answer":',
+    ],
+)
+def test_what_is_shown_of_a_broken_element_holds_nothing_of_the_answers_to_others(broken):
+    for pieces in ([reply(element(0), broken, element(2))], [*reply(element(0), broken, element(2))]):
+        read = Read(*pieces)
+        assert read.faults[1] == "malformed"
+        assert read.said[1].startswith('{"id":"2bcdfg"')
+        assert IDS[2] not in read.said[1]
+        assert LABELS[2] not in read.said[1]

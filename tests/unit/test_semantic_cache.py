@@ -244,6 +244,42 @@ async def test_an_entry_that_is_gone_is_not_handed_out(way):
             assert len(cache.index) == before  # that of the new answer, in place of the one that was gone
 
 
+class Unreadable(mb.MemoryCache):
+    """Fails while it is told to."""
+
+    fails = False
+
+    async def get_many(self, keys):
+        if self.fails:
+            raise OSError("no route to the cache")
+        return await super().get_many(keys)
+
+
+@each("proven, tiers", [(True, False), (False, False), (True, True)])
+async def test_while_the_exact_cache_fails_no_vector_is_lost(proven, tiers):
+    """That its entry was not found says nothing then."""
+    exact = Unreadable()
+    cache = semantic(exact=mb.TieredCache(exact) if tiers else exact)
+    async with similar_batcher(cache=cache) as batcher:
+        await prove(batcher, most=2_000 if proven else 60)
+        kept, removed = len(cache.index), []
+        remove = cache.index.remove
+        cache.index.remove = lambda keys: (removed.extend(keys), remove(keys))
+        await asyncio.sleep(1)  # what was stored lately is at hand without the cache
+        exact.fails = True
+        for number in range(900, 910):
+            assert await routes(batcher, THINGS[number - 900], [number]) == ["single"]
+            await settled(batcher)
+        assert removed == []
+        assert batcher.stats().cache_bypassed >= 10
+        exact.fails = False
+        await asyncio.sleep(60)
+        assert len(cache.index) >= kept
+        if proven:
+            await routes(batcher, "marsh", [900])
+            assert await routes(batcher, "amber", [920]) == ["similar"]
+
+
 async def test_an_entry_deleted_while_it_is_looked_up_is_a_miss():
     embed = Embedder(delay=0.02)
     cache = semantic(embed)
