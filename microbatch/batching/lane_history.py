@@ -261,7 +261,8 @@ class LaneHistory(msgspec.Struct):
 
         The least is two: nothing is learned from requests that go alone, and the lane would never grow again.
         """
-        self.batch_size = max(2, min(asked, self.batch_size or asked) // 2)
+        # Half of what was asked, not of the present size: calls of one size that were under way together halve it once.
+        self.batch_size = max(2, min(asked // 2, self.batch_size or asked))
         self.revised = True
 
     def grow(self, asked: int, limit: int) -> None:

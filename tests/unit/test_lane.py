@@ -377,6 +377,8 @@ def test_replies_cut_by_the_token_limit_halve_the_batch_and_complete_ones_grow_i
     history.halve(16)
     assert history.batch_size == 8
     history.halve(16)  # another call of the same size, sent before
+    assert history.batch_size == 8
+    history.halve(8)
     assert history.batch_size == 4
     history.grow(3, 16)
     assert history.batch_size == 4
