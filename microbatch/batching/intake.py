@@ -328,8 +328,10 @@ class Intake:
         if spec.rank < ticket.spec.rank:
             if ticket.queue is None:
                 return False  # it is under way at the pace of its own priority
+            # Bulk work has no time of its own, and flushes its queue only once: it is due in the other one too.
+            patience = 0.0 if ticket.queue.flushed else min(ticket.patience, due_at - ticket.created)
             ticket.queue.discard(ticket, moved=True)
-            ticket.spec, ticket.patience = spec, min(ticket.patience, due_at - ticket.created)
+            ticket.spec, ticket.patience = spec, patience
             ticket.bulk = ticket.bulk and bulk
             if lane is None:
                 account = self._given.accounts.of(spec.model, spec.headers)

@@ -218,6 +218,11 @@ class Lane:
         return self.live > 1 or self.in_flight > 0
 
     @property
+    def flushed(self) -> bool:
+        """See `TicketQueue`."""
+        return self._owed is not None
+
+    @property
     def due_at(self) -> float:
         """Loop time at which the lane falls due; `NEVER` if nothing waits for other requests."""
         if self._stale:

@@ -47,6 +47,11 @@ class SingleQueue:
         """See `TicketQueue`: each goes alone."""
         return False
 
+    @property
+    def flushed(self) -> bool:
+        """See `TicketQueue`: all that waits is due."""
+        return True
+
     def next_cost(self) -> int:
         """Return the tokens that the oldest is charged; the queue must be due."""
         return self._waiting[0][0].cost

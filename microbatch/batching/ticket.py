@@ -222,6 +222,10 @@ class TicketQueue(Protocol):
     def has_company(self) -> bool:
         """True if what waits in it is likely to share a call."""
 
+    @property
+    def flushed(self) -> bool:
+        """True if what waits may be due because it was flushed, rather than by its own time."""
+
     def discard(self, ticket: Any, *, moved: bool = False) -> None:
         """Forget *ticket*, which has ended, or has *moved* to another queue."""
 

@@ -208,3 +208,18 @@ def test_what_was_asked_again_in_vain_is_asked_a_third_time_with_all_retries():
     world = mixed_world.play(scenario)
     assert not mixed_invariants.breaches(world)
     assert [attempt.beside for attempt in world.upstream.attempts] == [None, "check", "check", "check", "check", None]
+
+
+def test_a_text_that_another_caller_promotes_and_gives_up_is_embedded_all_the_same():
+    text = ("vector here cook pears",)
+    calls = [
+        Call(texts=("text here cook apples",), priority="high"),
+        Call(what="embed_many", at=0.5, texts=text, priority="low"),
+        Call(what="embed_many", at=1.0, texts=text, cancel=("after", 0.0)),
+    ]
+    parts = frozenset({"vectors", "equal"})
+    for idle in ("flush", "wait"):
+        policy = {"idle": idle, "max_wait": TICK}
+        world = mixed_world.play(mixed(policy, calls=calls, faults=[Fault(latency=2.0)], parts=parts))
+        assert not mixed_invariants.breaches(world)
+        assert [caller.outcome == "cancelled" for caller in world.callers] == [False, False, True]
