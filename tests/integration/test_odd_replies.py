@@ -501,7 +501,11 @@ async def test_a_relayed_stream_may_be_silent_in_the_name_of_its_first_field(cut
         await chat.aclose()
 
 
-@pytest.mark.parametrize("raw", [b"data: {}\n\n: y\n\n", b": x\r\rdata: {}\r\n\r\n", gzip.compress(b"data: {}\n\n")])
+@pytest.mark.parametrize(
+    "raw",
+    [b"data: {}\n\n: y\n\n", b": x\r\rdata: {}\r\n\r\n", gzip.compress(b"data: {}\n\n")],
+    ids=["LF", "CR", "gzip"],
+)
 async def test_a_relayed_stream_that_has_begun_in_small_pieces_has_begun(raw: bytes) -> None:
     pieces = in_pieces(raw, *range(1, len(raw)), pause=0.0)
     pieces = [*pieces[:-1], 1.0, pieces[-1]]
