@@ -162,6 +162,7 @@ class ReplyReader:
             finish = self._ending
         completion.finish_reason = None if finish == "broken" else finish
         completion.usage = total_usage(self._reports)
+        completion.model = sound(completion.model)
         completion.refusal = sound("".join(self._refusal)) or None
         completion.request_id = request_id
         completion.limits = limits
@@ -181,7 +182,7 @@ class ReplyReader:
                 return fault
         self.spoke = True
         if isinstance(reply.model, str) and reply.model:
-            self._completion.model = sound(reply.model)
+            self._completion.model = reply.model
         tier = read_tier(reply.service_tier, reply.usage)
         if tier is not None:
             self._completion.service_tier = tier
