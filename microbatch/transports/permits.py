@@ -1,8 +1,8 @@
-"""Common parts of the limiters of requests and tokens: the length of a minute, the burst, and how accounts use a limiter."""
+"""Common parts of the limiters of requests and tokens: a minute, the burst, the counts of endpoints, and how accounts use a limiter."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +23,38 @@ _MAX_BURST_SHARE: Final = 0.05
 def burst(limit: float, unit: float) -> float:
     """Return how much of *limit* may be used at once, where one request uses at least *unit*."""
     return max(_BURST_SHARE * limit, min(unit, _MAX_BURST_SHARE * limit))
+
+
+class EndpointCount(NamedTuple):
+    """The endpoint's count of the requests, or the tokens, of a minute.
+
+    Attributes:
+        limit: Its limit.
+        used: The part of it that is used, less that of others by `RateLimit.share`; may be negative.
+        seconds: Time for which the count holds.
+    """
+
+    limit: int
+    used: float
+    seconds: float
+
+
+def endpoint_counts(limits: Limits, share: float) -> tuple[EndpointCount | None, EndpointCount | None]:
+    """Return what the endpoint reports of requests and of tokens; None where it does not, or for the limit of a longer period."""
+    return (
+        _count(limits.limit_requests, limits.remaining_requests, limits.reset_requests, share),
+        _count(limits.limit_tokens, limits.remaining_tokens, limits.reset_tokens, share),
+    )
+
+
+def _count(limit: int | None, remaining: int | None, reset: float | None, share: float) -> EndpointCount | None:
+    if limit is None or remaining is None:
+        return None
+    if reset is not None and reset > MINUTE and remaining > 0:
+        return None  # the limit of a longer period (requests per day) that is not used up
+    return EndpointCount(
+        limit, limit - remaining - (1 - share) * limit, MINUTE if reset is None else min(reset, MINUTE)
+    )
 
 
 class Limiter(Protocol):

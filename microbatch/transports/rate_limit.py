@@ -29,7 +29,7 @@ from microbatch.checking import AtLeast, Count, check_fields
 from microbatch.errors import ConfigError
 from microbatch.lru import SharedLRU
 from microbatch.transports.limit_store import LimitStore
-from microbatch.transports.permits import LATENESS, MINUTE, WINDOW, burst
+from microbatch.transports.permits import LATENESS, MINUTE, WINDOW, burst, endpoint_counts
 from microbatch.transports.shared_bucket import SharedBucket
 
 if TYPE_CHECKING:
@@ -333,20 +333,14 @@ class Bucket:
 
     def _follow(self, limits: Limits, grant: Grant, now: float) -> None:
         """Adopt the endpoint's count as far as it exceeds what we can have sent, at *grant*'s time or now."""
-        reported = (
-            (self._requests, limits.limit_requests, limits.remaining_requests, limits.reset_requests),
-            (self._tokens, limits.limit_tokens, limits.remaining_tokens, limits.reset_tokens),
-        )
-        for (meter, limit, remaining, reset), ours in zip(reported, map(max, grant.seen, self._totals), strict=True):
-            if meter is None or limit is None or remaining is None:
+        meters, seen = (self._requests, self._tokens), map(max, grant.seen, self._totals)
+        for meter, count, ours in zip(meters, endpoint_counts(limits, self._share), seen, strict=True):
+            if meter is None or count is None:
                 continue
-            if reset is not None and reset > MINUTE and remaining > 0:
-                continue  # the limit of a longer period (requests per day) that is not used up
-            if limit > 0:
-                meter.resize(limit * self._share)  # the settings may be too high
-            foreign = limit - remaining - ours - (1 - self._share) * limit
-            meter.others = max(0.0, min(meter.limit, foreign))
-            meter.others_until = now + (MINUTE if reset is None else min(reset, MINUTE))
+            if count.limit > 0:
+                meter.resize(count.limit * self._share)  # the settings may be too high
+            meter.others = max(0.0, min(meter.limit, count.used - ours))
+            meter.others_until = now + count.seconds
 
     def _unseen(self, grant: Grant, limits: Limits) -> int:
         """Return the tokens charged at *grant*'s time that the endpoint did not count, less those given back since."""

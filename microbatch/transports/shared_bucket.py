@@ -18,7 +18,7 @@ from weakref import WeakMethod
 
 import msgspec
 
-from microbatch.transports.permits import MINUTE, WINDOW, burst
+from microbatch.transports.permits import WINDOW, burst, endpoint_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -320,20 +320,13 @@ class SharedBucket:
 
     def _follow(self, limits: Limits, grant: SharedGrant) -> None:
         """Adopt the endpoint's limits, and note its count."""
-        reported = (
-            (limits.limit_requests, limits.remaining_requests, limits.reset_requests),
-            (limits.limit_tokens, limits.remaining_tokens, limits.reset_tokens),
-        )
-        for which, (limit, remaining, reset) in enumerate(reported):
+        for which, count in enumerate(endpoint_counts(limits, self._share)):
             most = self._most[which]
-            if most is None or limit is None or remaining is None:
+            if most is None or count is None:
                 continue
-            if reset is not None and reset > MINUTE and remaining > 0:
-                continue  # the limit of a longer period that is not used up
-            if limit > 0:
-                self._limits[which] = min(most, limit * self._share)
-            counted = max(0.0, limit - remaining - (1 - self._share) * limit)
-            self._endpoint[which] = counted, grant.seen[which], MINUTE if reset is None else min(reset, MINUTE)
+            if count.limit > 0:
+                self._limits[which] = min(most, count.limit * self._share)
+            self._endpoint[which] = max(0.0, count.used), grant.seen[which], count.seconds
 
     # --- contacts
 
