@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import gzip
 import json
@@ -423,41 +424,41 @@ async def test_a_file_that_cannot_be_opened_is_a_mistake_in_the_settings(tmp_pat
         Gateway("http://localhost:1/v1", access_log=str(tmp_path / "none" / "log"))
 
 
-async def test_a_pipe_that_is_not_read_delays_nothing_and_what_it_lacks_is_counted(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("microbatch.gateway.access_log.MOST_WAITING", 50)
+LONG_RECORD = Served(id="x" * 128, id_given=True, method="POST", path="/" + "x" * 300, began=0.0, status=200)
+
+
+@contextlib.contextmanager
+def unread_pipe(tmp_path, monkeypatch):
+    """Yield a log that writes to a pipe, and the other end of the pipe; closing the log does not wait long."""
     monkeypatch.setattr("microbatch.gateway.access_log._CLOSING_SECONDS", 0.1)
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        log = AccessLog(str(path))
-        record = Served(id="x" * 128, id_given=True, method="POST", path="/" + "x" * 300, began=0.0, status=200)
-        for _ in range(5_000):  # a pipe holds 64 KB
-            log.write(record)
-        await log.aclose()
-        assert log.dropped > 4_000
-        assert "lacks" in caplog.text
+        yield AccessLog(str(path)), reading
     finally:
         os.close(reading)
 
 
+async def test_a_pipe_that_is_not_read_delays_nothing_and_what_it_lacks_is_counted(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("microbatch.gateway.access_log.MOST_WAITING", 50)
+    with unread_pipe(tmp_path, monkeypatch) as (log, _):
+        for _ in range(5_000):  # a pipe holds 64 KB
+            log.write(LONG_RECORD)
+        await log.aclose()
+        assert log.dropped > 4_000
+        assert "lacks" in caplog.text
+
+
 async def test_lines_that_wait_when_the_log_is_closed_are_counted_as_lost(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("microbatch.gateway.access_log._CLOSING_SECONDS", 0.1)
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
-    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        log = AccessLog(str(path))
-        record = Served(id="x" * 128, id_given=True, method="POST", path="/" + "x" * 300, began=0.0, status=200)
+    with unread_pipe(tmp_path, monkeypatch) as (log, reading):
         for _ in range(3_000):
-            log.write(record)
+            log.write(LONG_RECORD)
         await log.aclose()
         (size,) = struct.unpack("i", fcntl.ioctl(reading, termios.FIONREAD, b"\0" * 4))
         there = os.read(reading, size).count(b"\n")
         assert 0 < there < 3_000
         assert f"lacks {3_000 - there} lines" in caplog.text
-    finally:
-        os.close(reading)
 
 
 async def test_a_pipe_without_a_reader_is_an_error_and_not_waited_for(tmp_path):
